@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that prefault raises on purpose, and the exit status each one ends a command with.
+
+    PrefaultError                 the root, never raised itself
+    ├── UsageError                the caller asked for something that cannot be        exit 2
+    ├── KvmError                  an ioctl failed; .errno says why                     exit 3
+    │   └── MemoryFaultExit       KVM_RUN ended with KVM_EXIT_MEMORY_FAULT
+    ├── Mismatch                  checked, and it does not hold                        exit 1
+    │   └── GuestFailed           the guest program ended in its own exception handler
+    ├── Missing                   a tool, a right or a capability is not here          exit 77
+    │   ├── CapabilityMissing     this VM does not report a KVM capability
+    │   ├── KvmMissing            /dev/kvm is absent or may not be opened
+    │   └── ToolMissing           a program or package is not installed
+    └── LabError                  the lab could not do its work                        exit 3
+        ├── BuildFailed           a patch, the compiler or checkpatch said no
+        ├── Splat                 the lab's kernel log has a WARN, BUG, KASAN, …       exit 1
+        ├── JobTimeout            the job ran over its time                            exit 124
+        └── LabLost               the machine hung, panicked or died                   exit 125
+
+A message says what failed, with which values, and what to do next.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno as errno_names
+import os
+
+
+class ExitCode(enum.IntEnum):
+    """Exit status of every command (docs/exit-codes.md has the same table)."""
+
+    DONE = 0
+    DOES_NOT_HOLD = 1
+    USAGE = 2
+    OPERATING_ERROR = 3
+    MISSING = 77
+    TIMED_OUT = 124
+    LAB_LOST = 125
+
+
+class PrefaultError(Exception):
+    """Root of what prefault raises on purpose."""
+
+    exit_code = ExitCode.OPERATING_ERROR
+
+
+class UsageError(PrefaultError):
+    """The caller asked for something that cannot be."""
+
+    exit_code = ExitCode.USAGE
+
+
+class KvmError(PrefaultError):
+    """A KVM ioctl failed.
+
+    :ivar ioctl: name of the ioctl, for instance ``KVM_PRE_FAULT_MEMORY``
+    :ivar errno: the error number it returned
+    :ivar gpa: first byte not done, for ioctls on a range, else None
+    :ivar size: bytes not done, for ioctls on a range, else None
+    """
+
+    def __init__(
+        self,
+        ioctl: str,
+        errno: int,
+        *,
+        gpa: int | None = None,
+        size: int | None = None,
+        hint: str = "",
+    ) -> None:
+        self.ioctl = ioctl
+        self.errno = errno
+        self.gpa = gpa
+        self.size = size
+        self.hint = hint
+        where = "" if gpa is None else f" at gpa {gpa:#x}, {size or 0:#x} bytes left"
+        name = errno_names.errorcode.get(errno, str(errno))
+        tail = f"; {hint}" if hint else ""
+        super().__init__(f"{ioctl} failed{where}: {name} ({os.strerror(errno)}){tail}")
+
+
+class MemoryFaultExit(KvmError):
+    """KVM_RUN ended with KVM_EXIT_MEMORY_FAULT: the backing has no memory there."""
+
+
+class Mismatch(PrefaultError):
+    """Something was checked and does not hold."""
+
+    exit_code = ExitCode.DOES_NOT_HOLD
+
+
+class GuestFailed(Mismatch):
+    """The guest program took an exception that it did not expect, or said so itself."""
+
+
+class Missing(PrefaultError):
+    """A tool, a right or a capability is not here."""
+
+    exit_code = ExitCode.MISSING
+
+
+class CapabilityMissing(Missing):
+    """This VM does not report a KVM capability."""
+
+
+class KvmMissing(Missing):
+    """/dev/kvm is absent, or may not be opened."""
+
+
+class ToolMissing(Missing):
+    """A program or a package is not installed."""
+
+
+class LabError(PrefaultError):
+    """The lab could not do its work."""
+
+
+class BuildFailed(LabError):
+    """A patch did not apply, the compiler warned, or checkpatch objected."""
+
+
+class Splat(LabError):
+    """The lab's kernel log has a WARN, BUG, KASAN report, lockdep report or RCU stall."""
+
+    exit_code = ExitCode.DOES_NOT_HOLD
+
+
+class JobTimeout(LabError):
+    """The job ran over its time."""
+
+    exit_code = ExitCode.TIMED_OUT
+
+
+class LabLost(LabError):
+    """The lab's machine hung, panicked or died before the job reported."""
+
+    exit_code = ExitCode.LAB_LOST

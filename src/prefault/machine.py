@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The protocols that every back end has, and the values that they exchange.
+
+``Kvm`` → ``Vm`` → ``Vcpu`` mirror KVM's system, VM and vCPU file descriptors and keep KVM's verbs.
+A scenario is written against these names and cannot tell which back end it has, other than by
+asking ``Kvm.name``. Addresses say their space: ``gpa`` is an L1 IPA, ``hva`` an address in the
+VMM's memory. Sizes are in bytes unless a name says otherwise.
+
+Standard library only: this module also runs inside the lab's root file system.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+from prefault.guest.program import Program
+
+
+class Backing(enum.Enum):
+    """What is behind a memslot."""
+
+    PRIVATE = "private"
+    """MAP_PRIVATE anonymous memory, 4 KiB pages only (MADV_NOHUGEPAGE)."""
+    SHARED = "shared"
+    """MAP_SHARED anonymous memory (shmem), small pages."""
+    THP = "thp"
+    """MAP_PRIVATE anonymous memory, PMD-aligned, MADV_HUGEPAGE."""
+    HUGETLB = "hugetlb"
+    """A hugetlb memfd; the page size is ``MemoryRegion.page_size`` (0: the default size)."""
+    FILE_PRIVATE = "file-private"
+    """MAP_PRIVATE of a memfd that has data."""
+    FILE_SHARED = "file-shared"
+    """MAP_SHARED of a memfd."""
+    GUEST_MEMFD = "guest-memfd"
+    """A guest_memfd with GUEST_MEMFD_FLAG_MMAP | INIT_SHARED."""
+
+
+class Resident(enum.Enum):
+    """What the host has done to the memory behind a slot before the guest sees it."""
+
+    NOTHING = "nothing"
+    READ = "read"
+    """Populated for reading: the zero page behind private memory."""
+    WRITE = "write"
+    """Populated for writing: a page of its own behind every page."""
+
+
+class SlotFlags(enum.IntFlag):
+    """Flags of a memslot (KVM_MEM_*)."""
+
+    NONE = 0
+    LOG_DIRTY_PAGES = 1
+    READONLY = 2
+
+
+@dataclass(frozen=True)
+class MemoryRegion:
+    """One memslot as the VMM asks for it. ``size`` 0 deletes the slot."""
+
+    slot: int
+    gpa: int
+    size: int
+    backing: Backing = Backing.PRIVATE
+    resident: Resident = Resident.NOTHING
+    flags: SlotFlags = SlotFlags.NONE
+    page_size: int = 0
+    """Huge page size for HUGETLB; 0 is the host's default."""
+    hva_offset: int = 0
+    """Bytes by which the HVA is shifted against block alignment, to make misaligned slots."""
+
+
+@dataclass(frozen=True)
+class VmConfig:
+    """What ``Kvm.create_vm`` takes."""
+
+    ipa_bits: int = 0
+    """Size of the IPA space; 0 is KVM's default of 40 bits."""
+    protected: bool = False
+    gic: bool = True
+    """An in-kernel GICv3; needed for nested vCPUs."""
+
+
+@dataclass(frozen=True)
+class VcpuConfig:
+    """What ``Vm.create_vcpu`` takes."""
+
+    el2: bool = False
+    """KVM_ARM_VCPU_HAS_EL2: the vCPU boots at virtual EL2 and can run an L2."""
+    e2h0: bool = False
+    """With el2: KVM_ARM_VCPU_HAS_EL2_E2H0, that is HCR_EL2.E2H is RES0."""
+    initialised: bool = True
+    """False leaves KVM_ARM_VCPU_INIT out, to see what KVM says to that."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Why KVM_RUN returned."""
+
+
+@dataclass(frozen=True)
+class MmioExit(Exit):
+    """KVM_EXIT_MMIO. A read waits for ``Vcpu.complete_mmio(value)`` before the next run.
+
+    ``data`` is the value written, or 0 for a read, zero-extended from ``width`` bytes.
+    """
+
+    gpa: int
+    width: int
+    is_write: bool
+    data: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryFault(Exit):
+    """KVM_EXIT_MEMORY_FAULT, with the errno that KVM_RUN returned."""
+
+    gpa: int
+    size: int
+    flags: int
+    errno: int
+
+
+@dataclass(frozen=True)
+class Interrupted(Exit):
+    """KVM_RUN was interrupted by a signal (EINTR)."""
+
+
+@dataclass(frozen=True)
+class Failed(Exit):
+    """KVM_RUN returned an errno without an exit that would explain it."""
+
+    errno: int
+
+
+@dataclass(frozen=True)
+class OtherExit(Exit):
+    """Any other exit reason, by number and name."""
+
+    reason: int
+    name: str
+    details: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, order=True)
+class Leaf:
+    """A run of equal, adjacent leaves of one stage-2 table, without host addresses."""
+
+    ipa: int
+    size: int
+    level: int
+    """Architectural level of the leaves, -1 to 3."""
+    readable: bool = True
+    writable: bool = False
+    px: bool = False
+    """Executable at EL1."""
+    ux: bool = False
+    """Executable at EL0."""
+    accessed: bool = True
+    block: bool = False
+
+
+@dataclass(frozen=True)
+class PreFaultProgress:
+    """What one KVM_PRE_FAULT_MEMORY call left, and its errno (0 for success)."""
+
+    gpa: int
+    size: int
+    errno: int = 0
+
+
+@dataclass
+class FaultCounts:
+    """Stage-2 faults seen in an interval, by kind. Filled when ``Vm.count_faults`` closes."""
+
+    read: int = 0
+    write: int = 0
+    execute: int = 0
+    permission: int = 0
+    """Faults on a present leaf; they are also counted in read, write or execute."""
+    mmio: int = 0
+    """Faults outside of any memslot. Not counted in the other fields."""
+    ipas: list[int] = field(default_factory=list)
+    """IPA of each fault in order; L2 IPAs for faults taken in a nested context."""
+
+    @property
+    def total(self) -> int:
+        """All stage-2 faults on memory, that is without MMIO."""
+        return self.read + self.write + self.execute
+
+
+class Vcpu(Protocol):
+    """A vCPU file descriptor."""
+
+    def load(self, program: Program, arguments: Sequence[int] = ()) -> None:
+        """Point the vCPU at ``program``, which ``Vm.install`` has put into guest memory."""
+
+    def run(self) -> Exit:
+        """KVM_RUN once."""
+
+    def complete_mmio(self, value: int) -> None:
+        """Give the pending MMIO read its value; the next ``run`` delivers it to the guest."""
+
+    def pre_fault_memory_once(self, gpa: int, size: int, flags: int = 0) -> PreFaultProgress:
+        """One KVM_PRE_FAULT_MEMORY call; never raises for what the kernel answers."""
+
+    def pre_fault_memory(self, gpa: int, size: int) -> None:
+        """Pre-fault ``[gpa, gpa+size)``, calling again while the kernel reports progress."""
+
+    def get_register(self, name: str) -> int:
+        """A general register (x0…x30, sp, pc, pstate) or system register by architectural name."""
+
+    def set_register(self, name: str, value: int) -> None:
+        """Set what ``get_register`` reads."""
+
+    def close(self) -> None:
+        """Close the descriptor. Safe to call again."""
+
+
+class Vm(Protocol):
+    """A VM file descriptor."""
+
+    def check_extension(self, capability: int) -> int:
+        """KVM_CHECK_EXTENSION on this VM."""
+
+    def set_user_memory_region(self, region: MemoryRegion) -> None:
+        """Create, change or (size 0) delete a memslot. Its mapping outlives it."""
+
+    def create_vcpu(self, config: VcpuConfig = ...) -> Vcpu:
+        """KVM_CREATE_VCPU and, unless asked otherwise, KVM_ARM_VCPU_INIT."""
+
+    def install(self, program: Program) -> None:
+        """Write the code and data of a guest program into guest memory."""
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """Guest memory as the host sees it."""
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        """Write guest memory from the host."""
+
+    def get_dirty_log(self, slot: int) -> list[int]:
+        """Page numbers, relative to the slot, written since the last call."""
+
+    def stage2(self) -> list[Leaf]:
+        """Leaves of the canonical stage-2 table, by IPA."""
+
+    def nested_stage2(self) -> list[list[Leaf]]:
+        """Leaves of every shadow stage-2 table in use, by index."""
+
+    def count_faults(self) -> FaultCounter:
+        """Count this VM's stage-2 faults while the returned context is open."""
+
+    def close(self) -> None:
+        """Close the VM and its vCPUs. Safe to call again."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class FaultCounter(Protocol):
+    """Context manager that counts stage-2 faults and hands out a ``FaultCounts``."""
+
+    def __enter__(self) -> FaultCounts: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class Kvm(Protocol):
+    """The system file descriptor, /dev/kvm."""
+
+    @property
+    def name(self) -> str:
+        """Which back end this is: ``kvm`` or ``spec``."""
+
+    @property
+    def page_size(self) -> int:
+        """The host's page size."""
+
+    def check_extension(self, capability: int) -> int:
+        """KVM_CHECK_EXTENSION on the system descriptor."""
+
+    def create_vm(self, config: VmConfig = ...) -> Vm:
+        """KVM_CREATE_VM."""
+
+    def close(self) -> None:
+        """Close the descriptor. Safe to call again."""
