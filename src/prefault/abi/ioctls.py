@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ioctl numbers of the KVM ABI, in the encoding of x86, arm64, riscv and s390.
+
+Source: include/uapi/asm-generic/ioctl.h, include/uapi/linux/kvm.h
+"""
+
+import ctypes
+
+from . import structures
+
+KVMIO = 0xAE
+
+_NONE, _WRITE, _READ = 0, 1, 2
+
+
+def _ioc(direction: int, number: int, size: int) -> int:
+    return direction << 30 | size << 16 | KVMIO << 8 | number
+
+
+def _io(number: int) -> int:
+    return _ioc(_NONE, number, 0)
+
+
+def _iow(number: int, argument: type[ctypes.Structure]) -> int:
+    return _ioc(_WRITE, number, ctypes.sizeof(argument))
+
+
+def _ior(number: int, argument: type[ctypes.Structure]) -> int:
+    return _ioc(_READ, number, ctypes.sizeof(argument))
+
+
+def _iowr(number: int, argument: type[ctypes.Structure]) -> int:
+    return _ioc(_READ | _WRITE, number, ctypes.sizeof(argument))
+
+
+# System descriptor.
+KVM_GET_API_VERSION = _io(0x00)
+KVM_CREATE_VM = _io(0x01)
+KVM_CHECK_EXTENSION = _io(0x03)
+KVM_GET_VCPU_MMAP_SIZE = _io(0x04)
+
+# VM descriptor.
+KVM_CREATE_VCPU = _io(0x41)
+KVM_GET_DIRTY_LOG = _iow(0x42, structures.kvm_dirty_log)
+KVM_SET_USER_MEMORY_REGION = _iow(0x46, structures.kvm_userspace_memory_region)
+KVM_SET_USER_MEMORY_REGION2 = _iow(0x49, structures.kvm_userspace_memory_region2)
+KVM_ENABLE_CAP = _iow(0xA3, structures.kvm_enable_cap)
+KVM_ARM_PREFERRED_TARGET = _ior(0xAF, structures.kvm_vcpu_init)
+KVM_CREATE_GUEST_MEMFD = _iowr(0xD4, structures.kvm_create_guest_memfd)
+KVM_CREATE_DEVICE = _iowr(0xE0, structures.kvm_create_device)
+
+# vCPU descriptor.
+KVM_RUN = _io(0x80)
+KVM_GET_ONE_REG = _iow(0xAB, structures.kvm_one_reg)
+KVM_SET_ONE_REG = _iow(0xAC, structures.kvm_one_reg)
+KVM_ARM_VCPU_INIT = _iow(0xAE, structures.kvm_vcpu_init)
+KVM_PRE_FAULT_MEMORY = _iowr(0xD5, structures.kvm_pre_fault_memory)
+
+# Device descriptor.
+KVM_SET_DEVICE_ATTR = _iow(0xE1, structures.kvm_device_attr)
+KVM_GET_DEVICE_ATTR = _iow(0xE2, structures.kvm_device_attr)
+KVM_HAS_DEVICE_ATTR = _iow(0xE3, structures.kvm_device_attr)
