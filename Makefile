@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make help` lists the targets. What they do is in bootstrap.py and in the command `prefault`.
+
+PYTHON ?= python3
+LAB ?= yes
+BIN := .venv/bin
+
+# $(call step,NAME,COMMAND): run one step of the gate and name it when it fails.
+step = @echo "== $(1)"; $(2) || { s=$$?; echo "make check: the step '$(1)' failed (status $$s)" >&2; exit $$s; }
+
+.PHONY: run test check format venv clean help
+
+run: venv  ## build the lab if need be, then show what pre-faulting saves
+	@$(BIN)/prefault lab build --yes
+	@$(BIN)/prefault run
+
+test: venv  ## all tests; LAB=no leaves the lab's out
+ifeq ($(LAB),no)
+	@$(BIN)/pytest -m 'not lab'
+else
+	@$(BIN)/prefault lab build --yes || [ $$? = 77 ]
+	@$(BIN)/pytest
+	@$(BIN)/prefault lab doctor >/dev/null || { echo "make test: the Python tests passed, but the lab's were" \
+	  "SKIPPED (reason above); LAB=no asks for that" >&2; exit 77; }
+endif
+
+check: venv  ## the gate: format, lint, types, tests
+	$(call step,format,$(BIN)/ruff format --check .)
+	$(call step,lint,$(BIN)/ruff check .)
+	$(call step,types,$(BIN)/mypy)
+	$(call step,tests,$(MAKE) --no-print-directory test)
+
+format: venv  ## rewrite the Python files in the project's format
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+venv: .venv/.complete  ## the virtual environment in .venv
+
+.venv/.complete: pyproject.toml bootstrap.py
+	@$(PYTHON) bootstrap.py
+	@touch $@
+
+clean:  ## remove .venv and caches in this tree (`prefault lab clean` is for the lab's)
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
