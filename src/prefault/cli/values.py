@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Option types that more than one subcommand has."""
+
+from __future__ import annotations
+
+import re
+
+import click
+
+_SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``4096``, ``0x1000``, ``4K``, ``32MiB``, ``1g``.
+
+    :raises ValueError: it is none of these, or not positive
+    """
+    match = re.fullmatch(r"(0x[0-9a-f]+|\d+)([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE | re.ASCII)
+    if not match or (match[1].lower().startswith("0x") and match[2]):
+        raise ValueError(f"{text!r} is not a size; write bytes, or a number with K, M, G or T (32M)")
+    size = int(match[1], 0 if match[1].lower().startswith("0x") else 10) << _SUFFIXES[match[2].upper()]
+    if size == 0:
+        raise ValueError("the size is 0; it must be at least one page")
+    return size
+
+
+def format_size(size: int) -> str:
+    """The shortest exact form: ``4 KiB``, ``32 MiB``, ``4097 B``."""
+    for suffix, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size and size % (1 << shift) == 0:
+            return f"{size >> shift} {suffix}"
+    return f"{size} B"
+
+
+class Size(click.ParamType[int]):
+    """A size in bytes with an optional suffix."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Turn what the user typed into bytes."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Percent(click.ParamType[int]):
+    """A percentage from 0 to 100 with at most one decimal, kept as permille."""
+
+    name = "percent"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Turn what the user typed into permille. Defaults are text, so that they come through here."""
+        match = re.fullmatch(r"(\d{1,3})(?:\.(\d))?%?", str(value).strip(), re.ASCII)
+        permille = int(match[1]) * 10 + int(match[2] or 0) if match else -1
+        if not 0 <= permille <= 1000:
+            self.fail(f"{value!r} is not a percentage; write 0 to 100, with one decimal at most", param, ctx)
+        return permille
