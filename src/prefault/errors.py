@@ -91,7 +91,20 @@ class Mismatch(PrefaultError):
 
 
 class GuestFailed(Mismatch):
-    """The guest program took an exception that it did not expect, or said so itself."""
+    """The guest program took an exception that it did not expect, or said so itself.
+
+    :ivar esr: syndrome of the exception, or None if the program itself found something wrong
+    :ivar elr: address of the instruction, or None
+    :ivar far: faulting virtual address, or None
+    """
+
+    def __init__(
+        self, message: str, *, esr: int | None = None, elr: int | None = None, far: int | None = None
+    ) -> None:
+        self.esr = esr
+        self.elr = elr
+        self.far = far
+        super().__init__(message)
 
 
 class Missing(PrefaultError):
