@@ -26,6 +26,9 @@ import enum
 import errno as errno_names
 import os
 
+EHWPOISON = 133
+"""Python's errno module does not have it."""
+
 
 class ExitCode(enum.IntEnum):
     """Exit status of every command (docs/exit-codes.md has the same table)."""
@@ -75,7 +78,7 @@ class KvmError(PrefaultError):
         self.size = size
         self.hint = hint
         where = "" if gpa is None else f" at gpa {gpa:#x}, {size or 0:#x} bytes left"
-        name = errno_names.errorcode.get(errno, str(errno))
+        name = {EHWPOISON: "EHWPOISON"}.get(errno) or errno_names.errorcode.get(errno, str(errno))
         tail = f"; {hint}" if hint else ""
         super().__init__(f"{ioctl} failed{where}: {name} ({os.strerror(errno)}){tail}")
 
