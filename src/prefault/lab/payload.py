@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is put on top of the root file system for one run: the prefault package and the job's files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import prefault
+from prefault.errors import UsageError
+from prefault.lab import cpio, rootfs
+from prefault.lab.agent import JOB_FILE, PACKAGE_DIR, Order
+
+_HOST_ONLY = ("cli", "report")
+"""Parts of the package that need more than the standard library."""
+_LAB_PARTS = ("__init__.py", "agent.py", "frames.py")
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """A file to put into the lab, with its permissions."""
+
+    data: bytes
+    mode: int = 0o644
+
+
+def _package() -> Iterator[cpio.Entry]:
+    top = Path(prefault.__file__).parent
+    for path in sorted(top.rglob("*.py")):
+        inner = path.relative_to(top)
+        if inner.parts[0] in _HOST_ONLY:
+            continue
+        if inner.parts[0] == "lab" and inner.name not in _LAB_PARTS:
+            continue
+        name = f"{PACKAGE_DIR.lstrip('/')}/prefault/{inner}"
+        yield cpio.file(name, path.read_bytes())
+        compiled = rootfs.byte_code(name, path)
+        if compiled is not None:
+            yield compiled
+
+
+def archive(order: Order, files: Mapping[str, bytes | JobFile]) -> bytes:
+    """The second archive of the initial RAM file system.
+
+    :raises UsageError: a path of ``files`` is not absolute
+    """
+    entries = [*_package(), cpio.file(JOB_FILE, order.to_json().encode())]
+    for path, content in files.items():
+        if not path.startswith("/"):
+            raise UsageError(f"{path!r} is not an absolute path: the lab has no current folder to put it in")
+        content = content if isinstance(content, JobFile) else JobFile(content)
+        entries.append(cpio.file(path, content.data, content.mode))
+    return cpio.write(entries)
+
+
+def shell_archive() -> bytes:
+    """The second archive when a person comes instead of a job."""
+    return cpio.write(_package())
