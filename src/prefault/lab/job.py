@@ -226,8 +226,8 @@ def run_job(
     :raises LabLost: the machine hung, panicked or died
     :raises JobSplat: the kernel log has a splat; .result has what came back
     """
-    run_dir = runs.new()
     image = kernel or build.kernel_image()
+    run_dir = runs.new()
     try:
         result = _Run(job, options or MachineOptions(), image, run_dir, on_output).follow()
     finally:
