@@ -6,6 +6,9 @@ Source: include/uapi/linux/kvm.h
 
 KVM_API_VERSION = 12
 
+EHWPOISON = 133
+"""From asm-generic/errno.h; Python's errno module does not have it yet."""
+
 # Capabilities.
 KVM_CAP_USER_MEMORY = 3
 KVM_CAP_NR_VCPUS = 9

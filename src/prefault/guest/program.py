@@ -234,6 +234,22 @@ class Program:
         """Whether the program runs an L2, so that it needs a vCPU with EL2."""
         return any(isinstance(step, EnterL2) for step in self.steps)
 
+    @property
+    def argument_count(self) -> int:
+        """How many arguments ``Vcpu.load`` must be given."""
+        return _argument_count(self.steps)
+
+
+def _argument_count(steps: tuple[Step, ...]) -> int:
+    count = 0
+    for step in steps:
+        if isinstance(step, EnterL2):
+            count = max(count, _argument_count(step.steps))
+        for operand in vars(step).values():
+            if isinstance(operand, Argument):
+                count = max(count, operand.index + 1)
+    return count
+
 
 def resolve(operand: Operand, arguments: Sequence[int]) -> int:
     """The number that ``operand`` stands for."""

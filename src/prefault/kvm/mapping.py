@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmap(2) and madvise(2) with chosen addresses, which Python's mmap module does not offer.
+
+Source: include/uapi/asm-generic/mman-common.h, include/uapi/linux/memfd.h
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+from prefault.errors import CapabilityMissing, PrefaultError
+
+MADV_HUGEPAGE = 14
+MADV_NOHUGEPAGE = 15
+MADV_POPULATE_READ = 22
+MADV_POPULATE_WRITE = 23
+
+_PROT_NONE = 0
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def _map(hva: int, size: int, protection: int, flags: int, fd: int) -> int:
+    result = _libc.mmap(hva or None, size, protection, flags, fd, 0)
+    if result is None or result == _MAP_FAILED:
+        errno = ctypes.get_errno()
+        raise PrefaultError(
+            f"mmap of {size:#x} bytes failed: {os.strerror(errno)}; "
+            "ask for less memory, or free some (huge pages must be reserved beforehand)"
+        )
+    return int(result)
+
+
+def map_shared(fd: int, size: int) -> int:
+    """Map a file anywhere, MAP_SHARED; returns the address."""
+    return _map(0, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd)
+
+
+def reserve(size: int, alignment: int) -> tuple[int, int]:
+    """Reserve address space: (address of the whole, first aligned address within it)."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    whole = _map(0, size + alignment, _PROT_NONE, flags, -1)
+    return whole, -(-whole // alignment) * alignment
+
+
+def map_at(hva: int, size: int, *, shared: bool, fd: int = -1) -> None:
+    """Map anonymous memory, or the file ``fd``, at an address that ``reserve`` gave."""
+    flags = _MAP_FIXED | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+    flags |= mmap.MAP_ANONYMOUS if fd < 0 else 0
+    _map(hva, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd)
+
+
+def unmap(hva: int, size: int) -> None:
+    """munmap(2)."""
+    _libc.munmap(hva, size)
+
+
+def advise(hva: int, size: int, advice: int, what: str) -> None:
+    """madvise(2); ``what`` names the advice in the error."""
+    if _libc.madvise(hva, size, advice) == 0:
+        return
+    errno = ctypes.get_errno()
+    raise CapabilityMissing(
+        f"madvise({what}) of {size:#x} bytes failed: {os.strerror(errno)}; "
+        "this kernel lacks it, or memory is short: use another backing or less memory"
+    )

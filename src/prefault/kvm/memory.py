@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host memory behind memslots: one ``Memory`` per backing that a ``MemoryRegion`` asks for.
+
+KVM makes a block only where gpa and hva agree modulo the block size, so the HVA is given the same
+remainder as the gpa, plus ``MemoryRegion.hva_offset``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from dataclasses import dataclass, field
+
+from prefault.errors import CapabilityMissing, UsageError
+from prefault.kvm import hugepages, mapping
+from prefault.machine import Backing, MemoryRegion, Resident
+
+FILE_CONTENTS = bytes(range(256))
+"""What FILE_PRIVATE memory holds, over and over, before anybody writes to it."""
+
+_MFD_HUGETLB = 4
+_MFD_HUGE_SHIFT = 26
+_CHUNK = 1 << 20
+
+
+@dataclass
+class Memory:
+    """A mapping in this process.
+
+    :ivar hva: address of the first byte of the slot
+    :ivar size: bytes of the slot
+    :ivar guest_memfd: descriptor for KVM_SET_USER_MEMORY_REGION2, or -1
+    """
+
+    hva: int
+    size: int
+    guest_memfd: int = -1
+    _whole: tuple[int, int] = (0, 0)
+    _fds: list[int] = field(default_factory=list)
+    _reservation: hugepages.Reservation | None = None
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes as the host sees them."""
+        return ctypes.string_at(self.hva + offset, size)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write bytes from the host."""
+        ctypes.memmove(self.hva + offset, data, len(data))
+
+    def close(self) -> None:
+        """Unmap, and close what was behind. Safe to call again."""
+        whole, self._whole = self._whole, (0, 0)
+        if whole[1]:
+            mapping.unmap(*whole)
+        while self._fds:
+            os.close(self._fds.pop())
+        self.guest_memfd = -1
+        if self._reservation:
+            self._reservation.close()
+
+
+def create(region: MemoryRegion, page_size: int, guest_memfd: int = -1) -> Memory:
+    """Map what ``region`` asks for.
+
+    :param page_size: the host's
+    :param guest_memfd: for Backing.GUEST_MEMFD, the descriptor; the Memory owns it from now on
+    """
+    memory = Memory(0, region.size, guest_memfd)
+    if guest_memfd >= 0:
+        memory._fds.append(guest_memfd)
+    try:
+        _check(region, page_size)
+        _map(memory, region, page_size)
+        _populate(memory, region.resident)
+    except BaseException:
+        memory.close()
+        raise
+    return memory
+
+
+def _check(region: MemoryRegion, page_size: int) -> None:
+    for name, value in (("gpa", region.gpa), ("size", region.size), ("hva_offset", region.hva_offset)):
+        if value % page_size:
+            raise UsageError(
+                f"slot {region.slot}: {name} {value:#x} is not a multiple of the page size {page_size:#x}"
+            )
+
+
+def _map(memory: Memory, region: MemoryRegion, page_size: int) -> None:
+    huge = _huge_page_size(region, page_size)
+    alignment = max(huge, hugepages.pmd_size(), page_size)
+    lead = (region.gpa + region.hva_offset) % alignment
+    whole, aligned = mapping.reserve(lead + region.size + huge, alignment)
+    memory._whole = (whole, lead + region.size + huge + alignment)
+    memory.hva = aligned + lead
+    # hugetlb is mapped from page boundary to page boundary, whatever part of it the slot shows.
+    start = memory.hva // huge * huge
+    length = -(-(memory.hva + region.size - start) // huge) * huge
+    fd = _file(memory, region, length, huge)
+    private = region.backing in (Backing.PRIVATE, Backing.THP, Backing.FILE_PRIVATE)
+    mapping.map_at(start, length, shared=not private, fd=fd)
+    if region.backing is Backing.THP:
+        if hugepages.thp_mode() in ("", "never"):
+            raise CapabilityMissing(
+                "this host has no transparent huge pages; as root: "
+                "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+            )
+        mapping.advise(start, length, mapping.MADV_HUGEPAGE, "MADV_HUGEPAGE")
+    elif region.backing in (Backing.PRIVATE, Backing.SHARED) and hugepages.thp_mode():
+        mapping.advise(start, length, mapping.MADV_NOHUGEPAGE, "MADV_NOHUGEPAGE")
+
+
+def _huge_page_size(region: MemoryRegion, page_size: int) -> int:
+    """Page size of the backing: more than the host's for hugetlb only."""
+    if region.backing is not Backing.HUGETLB:
+        return page_size
+    size = region.page_size or hugepages.default_size()
+    if not size:
+        raise CapabilityMissing("this kernel has no hugetlb (CONFIG_HUGETLBFS); use another backing")
+    return size
+
+
+def _file(memory: Memory, region: MemoryRegion, length: int, huge: int) -> int:
+    """The descriptor to map, -1 for anonymous memory."""
+    if region.backing is Backing.GUEST_MEMFD:
+        return memory.guest_memfd
+    if region.backing is Backing.HUGETLB:
+        memory._reservation = hugepages.Reservation(huge, length // huge)
+        flags = _MFD_HUGETLB | (huge.bit_length() - 1) << _MFD_HUGE_SHIFT
+    elif region.backing in (Backing.FILE_PRIVATE, Backing.FILE_SHARED):
+        flags = 0
+    else:
+        return -1
+    fd = os.memfd_create(f"prefault-slot-{region.slot}", flags)
+    memory._fds.append(fd)
+    os.ftruncate(fd, length)
+    if region.backing is Backing.FILE_PRIVATE:
+        chunk = FILE_CONTENTS * (_CHUNK // len(FILE_CONTENTS))
+        for offset in range(0, length, _CHUNK):
+            os.pwrite(fd, chunk[: length - offset], offset)
+    return fd
+
+
+def _populate(memory: Memory, resident: Resident) -> None:
+    if resident is Resident.READ:
+        mapping.advise(memory.hva, memory.size, mapping.MADV_POPULATE_READ, "MADV_POPULATE_READ")
+    elif resident is Resident.WRITE:
+        mapping.advise(memory.hva, memory.size, mapping.MADV_POPULATE_WRITE, "MADV_POPULATE_WRITE")
+
+
+def close_all(memories: list[Memory]) -> None:
+    """Close every one, whatever the others do."""
+    with contextlib.ExitStack() as stack:
+        for memory in memories:
+            stack.callback(memory.close)

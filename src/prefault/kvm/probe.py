@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the KVM of this host offers. Works on any Linux, also where there is no KVM."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefault.abi import constants
+from prefault.errors import KvmError, KvmMissing
+from prefault.kvm import hugepages, stage2, tracing
+from prefault.kvm.descriptor import Descriptor
+from prefault.kvm.system import DEVICE, Kvm
+from prefault.kvm.vm import host_page_size
+
+_DEFAULT_TYPE = 0
+_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "arm64": 282}
+"""Number of the system call."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class VmKind:
+    """What KVM_CHECK_EXTENSION says on a VM of one kind.
+
+    :ivar name: ``default`` or ``protected``
+    :ivar creatable: whether KVM_CREATE_VM gives one; all else is 0 otherwise
+    :ivar why_not: what KVM_CREATE_VM said, if not
+    """
+
+    name: str
+    creatable: bool
+    pre_fault_memory: int = 0
+    guest_memfd: int = 0
+    guest_memfd_flags: int = 0
+    max_vcpus: int = 0
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found. ``missing`` says what is not there and what to do about it."""
+
+    machine: str
+    kernel: str
+    page_size: int
+    kvm: bool
+    kvm_error: str
+    guests: bool
+    """Whether prefault can run its guests here: KVM on arm64."""
+    api_version: int
+    pre_fault_memory: int
+    """KVM_CAP_PRE_FAULT_MEMORY on /dev/kvm."""
+    ipa_limit: int
+    """Bits of IPA space that a VM can have; 0 if KVM does not say."""
+    nested: bool
+    nested_e2h0: bool
+    vm_kinds: tuple[VmKind, ...]
+    thp: str
+    """``always``, ``madvise``, ``never``, or empty."""
+    thp_size: int
+    hugetlb: dict[int, int]
+    """Page size in bytes → free pages."""
+    memfd: bool
+    userfaultfd: bool
+    stage2_tables: bool
+    """Whether stage-2 tables can be read from debugfs."""
+    fault_tracing: bool
+    """Whether stage-2 faults can be counted through tracefs."""
+    missing: tuple[str, ...] = ()
+
+
+def facts(device: str = DEVICE) -> Facts:
+    """Probe this host."""
+    found = _host_facts()
+    try:
+        kvm = Kvm.open(device)
+    except KvmMissing as error:
+        found = dataclasses.replace(found, kvm_error=str(error))
+    else:
+        with kvm:
+            found = _kvm_facts(found, kvm)
+    return dataclasses.replace(found, missing=tuple(_missing(found)))
+
+
+def _host_facts() -> Facts:
+    return Facts(
+        machine=platform.machine(),
+        kernel=platform.release(),
+        page_size=host_page_size(),
+        kvm=False,
+        kvm_error="",
+        guests=False,
+        api_version=0,
+        pre_fault_memory=0,
+        ipa_limit=0,
+        nested=False,
+        nested_e2h0=False,
+        vm_kinds=(),
+        thp=hugepages.thp_mode(),
+        thp_size=hugepages.pmd_size(),
+        hugetlb=hugepages.sizes(),
+        memfd=_memfd(),
+        userfaultfd=_userfaultfd(),
+        stage2_tables=False,
+        fault_tracing=(tracing.TRACEFS / "events/kvm/kvm_guest_fault").is_dir(),
+    )
+
+
+def _kvm_facts(found: Facts, kvm: Kvm) -> Facts:
+    arm64 = found.machine in ("aarch64", "arm64")
+    kinds = [("default", _DEFAULT_TYPE)]
+    if arm64:
+        kinds.append(("protected", constants.KVM_VM_TYPE_ARM_PROTECTED))
+    return dataclasses.replace(
+        found,
+        kvm=True,
+        guests=arm64,
+        api_version=kvm.ioctl("KVM_GET_API_VERSION"),
+        pre_fault_memory=kvm.check_extension(constants.KVM_CAP_PRE_FAULT_MEMORY),
+        ipa_limit=kvm.check_extension(constants.KVM_CAP_ARM_VM_IPA_SIZE) if arm64 else 0,
+        nested=bool(arm64 and kvm.check_extension(constants.KVM_CAP_ARM_EL2)),
+        nested_e2h0=bool(arm64 and kvm.check_extension(constants.KVM_CAP_ARM_EL2_E2H0)),
+        vm_kinds=tuple(_vm_kind(kvm, name, kind) for name, kind in kinds),
+        stage2_tables=arm64 and _stage2_tables(kvm),
+    )
+
+
+def _vm_kind(kvm: Kvm, name: str, kind: int) -> VmKind:
+    try:
+        vm = Descriptor(kvm.create_vm_descriptor(kind))
+    except KvmError as error:
+        return VmKind(name, False, why_not=os.strerror(error.errno))
+    with vm:
+        return VmKind(
+            name,
+            True,
+            pre_fault_memory=_check(vm, constants.KVM_CAP_PRE_FAULT_MEMORY),
+            guest_memfd=_check(vm, constants.KVM_CAP_GUEST_MEMFD),
+            guest_memfd_flags=_check(vm, constants.KVM_CAP_GUEST_MEMFD_FLAGS),
+            max_vcpus=_check(vm, constants.KVM_CAP_MAX_VCPUS),
+        )
+
+
+def _check(vm: Descriptor, capability: int) -> int:
+    return max(0, vm.try_ioctl("KVM_CHECK_EXTENSION", capability)[0])
+
+
+def _stage2_tables(kvm: Kvm) -> bool:
+    """Look into the debugfs folder of a VM made for the purpose."""
+    try:
+        vm = Descriptor(kvm.create_vm_descriptor(_DEFAULT_TYPE))
+    except KvmError:
+        return False
+    with vm:
+        folders = stage2.DEBUGFS_KVM.glob(f"*-{vm.fd}") if os.access(stage2.DEBUGFS_KVM, os.R_OK) else ()
+        return any(_readable(folder / "stage2_page_tables") for folder in folders)
+
+
+def _readable(file: Path) -> bool:
+    try:
+        file.read_text()
+    except OSError:
+        return False
+    return True
+
+
+def _memfd() -> bool:
+    try:
+        os.close(os.memfd_create("prefault-probe"))
+    except OSError:
+        return False
+    return True
+
+
+def _userfaultfd() -> bool:
+    """Whether this process may have one."""
+    number = _USERFAULTFD.get(platform.machine())
+    if number is None:
+        return False
+    fd = int(_libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK))
+    if fd >= 0:
+        os.close(fd)
+    return fd >= 0
+
+
+def _missing(found: Facts) -> list[str]:
+    if not found.kvm:
+        return [found.kvm_error]
+    missing = []
+    if not found.guests:
+        missing.append(
+            f"this host is {found.machine}: arm64 guests run in the lab (prefault run --machine lab)"
+        )
+    if not any(kind.pre_fault_memory for kind in found.vm_kinds):
+        missing.append("no VM reports KVM_CAP_PRE_FAULT_MEMORY: boot a kernel with the series")
+    if found.guests and not found.nested:
+        missing.append("no nested guests: boot with kvm-arm.mode=nested on a machine with FEAT_NV2")
+    if found.guests and not found.stage2_tables:
+        missing.append("stage-2 tables cannot be read: root, debugfs and CONFIG_PTDUMP_STAGE2_DEBUGFS")
+    if found.guests and not found.fault_tracing:
+        missing.append("stage-2 faults cannot be counted: root, tracefs and CONFIG_FTRACE")
+    return missing

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts stage-2 faults with the tracepoint kvm:kvm_guest_fault, in a trace instance of its own.
+
+The tracepoint stands after KVM has dealt with faults that are not the guest's own doing, so one
+line is one fault taken. Each one costs the traced kernel a few hundred instructions: measure time
+in another run.
+
+Source: Documentation/trace/ftrace.rst, arch/arm64/kvm/trace_arm.h
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from prefault.errors import CapabilityMissing, PrefaultError
+from prefault.machine import FaultCounts
+
+TRACEFS = Path("/sys/kernel/tracing")
+
+_EVENT = "events/kvm/kvm_guest_fault"
+_BYTES_PER_EVENT = 96
+_MAX_BUFFER_KIB = 64 << 10
+_numbers = itertools.count()
+
+_LINE = re.compile(
+    r"-(\d+) +(?:\([ \d-]+\) +)?\[\d+\].* kvm_guest_fault: ipa (?:0x)?([0-9a-f]+), hsr (?:0x)?([0-9a-f]+),"
+)
+
+_EC_SHIFT = 26
+_EC_INSTRUCTION_ABORT = 0x20
+_WNR = 1 << 6
+_CACHE_MAINTENANCE = 1 << 8
+_FSC_KIND = 0x3C
+_FSC_PERMISSION = 0x0C
+
+
+def parse(text: str) -> Iterator[tuple[int, int, int]]:
+    """(thread, IPA, ESR) of each fault in a trace."""
+    for thread, ipa, esr in _LINE.findall(text):
+        yield int(thread), int(ipa, 16), int(esr, 16)
+
+
+def add(counts: FaultCounts, ipa: int, esr: int, is_memory: Callable[[int], bool]) -> None:
+    """Count one fault."""
+    if not is_memory(ipa):
+        counts.mmio += 1
+        return
+    counts.ipas.append(ipa)
+    if esr >> _EC_SHIFT == _EC_INSTRUCTION_ABORT:
+        counts.execute += 1
+    elif esr & _WNR and not esr & _CACHE_MAINTENANCE:
+        counts.write += 1
+    else:
+        counts.read += 1
+    if esr & _FSC_KIND == _FSC_PERMISSION:
+        counts.permission += 1
+
+
+class TraceInstance:
+    """A trace buffer that sees this process's threads, present and future, and only them."""
+
+    def __init__(self, events: int) -> None:
+        if not (TRACEFS / _EVENT).is_dir():
+            raise CapabilityMissing(
+                f"{TRACEFS / _EVENT} is not there, so stage-2 faults cannot be counted; it needs root, "
+                "a mounted tracefs, and a kernel with KVM and CONFIG_FTRACE or "
+                "CONFIG_ENABLE_DEFAULT_TRACERS"
+            )
+        self._folder = TRACEFS / "instances" / f"prefault-{os.getpid()}-{next(_numbers)}"
+        try:
+            self._folder.mkdir()
+        except OSError as error:
+            raise CapabilityMissing(
+                f"{self._folder} cannot be made: {error.strerror}; counting stage-2 faults needs root"
+            ) from error
+        try:
+            self._set_up(events)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, events: int) -> None:
+        kib = min(_MAX_BUFFER_KIB, max(256, events * _BYTES_PER_EVENT >> 10))
+        self._write("buffer_size_kb", str(kib))
+        self._write("options/event-fork", "1")
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                self._append("set_event_pid", thread.name)
+        self._write(f"{_EVENT}/enable", "1")
+
+    def _write(self, name: str, value: str) -> None:
+        (self._folder / name).write_text(value)
+
+    def _append(self, name: str, value: str) -> None:
+        with (self._folder / name).open("a") as file:
+            file.write(value)
+
+    def stop(self) -> str:
+        """Stop tracing; the trace.
+
+        :raises PrefaultError: the buffer was too small, so that events were lost
+        """
+        self._write("tracing_on", "0")
+        lost = 0
+        for stats in self._folder.glob("per_cpu/cpu*/stats"):
+            lost += sum(map(int, re.findall(r"^(?:overrun|dropped events): (\d+)", stats.read_text(), re.M)))
+        if lost:
+            raise PrefaultError(
+                f"{lost} trace events were lost, so stage-2 faults cannot be counted; "
+                "count over a shorter interval or with smaller memslots"
+            )
+        return (self._folder / "trace").read_text()
+
+    def close(self) -> None:
+        """Remove the instance. Safe to call again."""
+        with contextlib.suppress(OSError):
+            self._write(f"{_EVENT}/enable", "0")
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+
+
+class KvmFaultCounter:
+    """Counts the faults of one VM: of the threads that ran its vCPUs.
+
+    :param threads: thread ids that have run a vCPU of the VM, read when the context closes
+    :param is_memory: whether an IPA is in a memslot
+    """
+
+    def __init__(self, events: int, threads: set[int], is_memory: Callable[[int], bool]) -> None:
+        self._events = events
+        self._threads = threads
+        self._is_memory = is_memory
+        self._counts = FaultCounts()
+        self._trace: TraceInstance | None = None
+
+    def __enter__(self) -> FaultCounts:
+        self._threads.clear()
+        self._counts = FaultCounts()
+        self._trace = TraceInstance(self._events)
+        return self._counts
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._trace is not None
+        try:
+            if kind is None:
+                for thread, ipa, esr in parse(self._trace.stop()):
+                    if thread in self._threads:
+                        add(self._counts, ipa, esr, self._is_memory)
+        finally:
+            self._trace.close()

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vCPU descriptor."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import threading
+from collections.abc import Callable, Sequence
+
+from prefault.abi import arm64, constants, structures
+from prefault.errors import CapabilityMissing, UsageError
+from prefault.guest.compile import FIRST_ARGUMENT
+from prefault.guest.program import MAX_ARGUMENTS, Program
+from prefault.kvm import mapping, prefault
+from prefault.kvm.descriptor import Descriptor
+from prefault.machine import (
+    Exit,
+    Failed,
+    Interrupted,
+    MemoryFault,
+    MmioExit,
+    OtherExit,
+    PreFaultProgress,
+    VcpuConfig,
+)
+
+_PSTATE_EL1H_MASKED = 0x3C5
+_PSTATE_EL2H_MASKED = 0x3C9
+
+
+class Vcpu(Descriptor):
+    """KVM's vCPU descriptor, with the page that it shares with its VMM.
+
+    :param before_run: called before each KVM_RUN with the thread that will run
+    :param can_pre_fault: whether the VM reports KVM_CAP_PRE_FAULT_MEMORY
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        mmap_size: int,
+        config: VcpuConfig,
+        before_run: Callable[[int], None],
+        can_pre_fault: Callable[[], bool],
+    ) -> None:
+        super().__init__(fd)
+        self._config = config
+        self._before_run = before_run
+        self._can_pre_fault = can_pre_fault
+        self._mmap_size = mmap_size
+        self._run_page = mapping.map_shared(fd, mmap_size)
+        self._run = structures.kvm_run.from_address(self._run_page)
+
+    def load(self, program: Program, arguments: Sequence[int] = ()) -> None:
+        """Point the vCPU at ``program``, which ``Vm.install`` has put into guest memory."""
+        if len(arguments) < program.argument_count or len(arguments) > MAX_ARGUMENTS:
+            raise UsageError(
+                f"the program uses {program.argument_count} of {MAX_ARGUMENTS} possible arguments, "
+                f"{len(arguments)} were given"
+            )
+        if program.nested and not self._config.el2:
+            raise UsageError("the program enters an L2; create its vCPU with VcpuConfig(el2=True)")
+        self._complete_exit()
+        for index, value in enumerate(arguments):
+            self.set_register(f"x{FIRST_ARGUMENT + index}", value)
+        self.set_register("pstate", _PSTATE_EL2H_MASKED if self._config.el2 else _PSTATE_EL1H_MASKED)
+        self.set_register("pc", program.base)
+
+    def _complete_exit(self) -> None:
+        """Let KVM finish the exit it is in, which would otherwise move the PC after it was set."""
+        if self._run.exit_reason != constants.KVM_EXIT_MMIO:
+            return
+        self._run.immediate_exit = 1
+        self.try_ioctl("KVM_RUN")
+        self._run.immediate_exit = 0
+
+    def run(self) -> Exit:
+        """KVM_RUN once."""
+        self._before_run(threading.get_native_id())
+        result, error = self.try_ioctl("KVM_RUN")
+        return decode(self._run, error if result < 0 else 0)
+
+    def complete_mmio(self, value: int) -> None:
+        """Give the pending MMIO read its value; the next ``run`` delivers it to the guest."""
+        mmio = self._run.mmio
+        if self._run.exit_reason != constants.KVM_EXIT_MMIO or mmio.is_write:
+            raise UsageError("no MMIO read is pending; call complete_mmio after an MmioExit that reads")
+        mask = (1 << 8 * mmio.len) - 1
+        ctypes.memmove(mmio.data, (value & mask).to_bytes(8, "little"), 8)
+
+    def pre_fault_memory_once(self, gpa: int, size: int, flags: int = 0) -> PreFaultProgress:
+        """One KVM_PRE_FAULT_MEMORY call; never raises for what the kernel answers."""
+        request = structures.kvm_pre_fault_memory(gpa, size, flags)
+        _, error = self.try_ioctl(prefault.NAME, request)
+        return PreFaultProgress(request.gpa, request.size, error)
+
+    def pre_fault_memory(self, gpa: int, size: int) -> None:
+        """Pre-fault guest memory at stage 2 without running the vCPU.
+
+        :param gpa: L1 guest physical address, page-aligned
+        :param size: length, a multiple of the host page size
+        :raises CapabilityMissing: this VM does not report KVM_CAP_PRE_FAULT_MEMORY
+        :raises KvmError: the ioctl failed; .gpa and .size are what was not done, .errno says why
+
+        Source: Documentation/virt/kvm/api.rst, KVM_PRE_FAULT_MEMORY
+        """
+        if not self._can_pre_fault():
+            raise CapabilityMissing(
+                "this VM does not report KVM_CAP_PRE_FAULT_MEMORY (236): the kernel lacks it, or the VM "
+                "is protected; boot a kernel with the series, for instance in the lab"
+            )
+        prefault.pre_fault_all(self.pre_fault_memory_once, gpa, size)
+
+    def get_register(self, name: str) -> int:
+        """A general register (x0…x30, sp, pc, pstate) or system register by architectural name."""
+        value = ctypes.c_uint64()
+        request = structures.kvm_one_reg(_register_id(name), ctypes.addressof(value))
+        self.ioctl("KVM_GET_ONE_REG", request, hint=f"this vCPU has no register {name}")
+        return value.value
+
+    def set_register(self, name: str, value: int) -> None:
+        """Set what ``get_register`` reads."""
+        cell = ctypes.c_uint64(value)
+        request = structures.kvm_one_reg(_register_id(name), ctypes.addressof(cell))
+        self.ioctl("KVM_SET_ONE_REG", request, hint=f"{name} cannot be set to {value:#x} on this vCPU")
+
+    def initialise(self, target: structures.kvm_vcpu_init) -> None:
+        """KVM_ARM_VCPU_INIT with the features that the configuration asks for."""
+        features = 1 << arm64.KVM_ARM_VCPU_PSCI_0_2
+        if self._config.el2:
+            features |= 1 << arm64.KVM_ARM_VCPU_HAS_EL2
+        if self._config.e2h0:
+            features |= 1 << arm64.KVM_ARM_VCPU_HAS_EL2_E2H0
+        target.features[0] |= features
+        hint = "the host must run with kvm-arm.mode=nested for vCPUs with EL2" if self._config.el2 else ""
+        self.ioctl("KVM_ARM_VCPU_INIT", target, hint=hint)
+
+    def close(self) -> None:
+        """Close the descriptor. Safe to call again."""
+        page, self._run_page = self._run_page, 0
+        if page:
+            self._run = structures.kvm_run()
+            mapping.unmap(page, self._mmap_size)
+        super().close()
+
+
+def _register_id(name: str) -> int:
+    number = arm64.register_id(name)
+    if number is None:
+        raise UsageError(f"register {name!r} is unknown; prefault.abi.arm64 lists those that are known")
+    return number
+
+
+def decode(run: structures.kvm_run, error: int) -> Exit:
+    """What KVM_RUN's outcome means."""
+    if error == errno.EINTR:
+        return Interrupted()
+    if error:
+        if (
+            error in (errno.EFAULT, constants.EHWPOISON)
+            and run.exit_reason == constants.KVM_EXIT_MEMORY_FAULT
+        ):
+            fault = run.memory_fault
+            return MemoryFault(fault.gpa, fault.size, fault.flags, error)
+        return Failed(error)
+    reason = run.exit_reason
+    if reason == constants.KVM_EXIT_MMIO:
+        mmio = run.mmio
+        data = int.from_bytes(bytes(mmio.data[: mmio.len]), "little") if mmio.is_write else 0
+        return MmioExit(mmio.phys_addr, mmio.len, bool(mmio.is_write), data)
+    return OtherExit(reason, constants.exit_name(reason), _details(run))
+
+
+def _details(run: structures.kvm_run) -> tuple[int, ...]:
+    """The numbers that say more about an exit, for the reasons that have some."""
+    match run.exit_reason:
+        case constants.KVM_EXIT_SYSTEM_EVENT:
+            event = run.system_event
+            return (event.type, *event.data[: min(event.ndata, 16)])
+        case constants.KVM_EXIT_INTERNAL_ERROR:
+            return (run.internal.suberror, *run.internal.data[: min(run.internal.ndata, 16)])
+        case constants.KVM_EXIT_FAIL_ENTRY:
+            return (run.fail_entry.hardware_entry_failure_reason, run.fail_entry.cpu)
+        case constants.KVM_EXIT_ARM_NISV | constants.KVM_EXIT_ARM_LDST64B:
+            return (run.arm_nisv.esr_iss, run.arm_nisv.fault_ipa)
+        case constants.KVM_EXIT_ARM_SEA:
+            return (run.arm_sea.flags, run.arm_sea.esr, run.arm_sea.gva, run.arm_sea.gpa)
+    return ()

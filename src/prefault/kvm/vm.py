@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VM descriptor, its memslots and the memory behind them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefault.abi import constants, structures
+from prefault.errors import CapabilityMissing, KvmError, UsageError
+from prefault.guest.compile import compile_program
+from prefault.guest.program import EnterL2, L2Mapping, Program
+from prefault.kvm import device, memory, stage2
+from prefault.kvm.descriptor import Descriptor
+from prefault.kvm.device import Device
+from prefault.kvm.memory import Memory
+from prefault.kvm.tracing import KvmFaultCounter
+from prefault.kvm.vcpu import Vcpu
+from prefault.machine import Backing, Leaf, MemoryRegion, SlotFlags, VcpuConfig, VmConfig
+
+_GUEST_MEMFD_FLAGS = constants.GUEST_MEMFD_FLAG_MMAP | constants.GUEST_MEMFD_FLAG_INIT_SHARED
+_BITS_PER_WORD = 64
+_TRACE_SLACK = 4096
+
+
+@dataclass(frozen=True)
+class _Slot:
+    region: MemoryRegion
+    memory: Memory
+
+    def covers(self, gpa: int) -> bool:
+        return self.region.gpa <= gpa < self.region.gpa + self.region.size
+
+
+class Vm(Descriptor):
+    """KVM's VM descriptor.
+
+    Memory stays mapped until the VM is closed, also that of deleted slots: what a stale stage-2
+    entry would show must still be there to be seen.
+    """
+
+    def __init__(self, fd: int, config: VmConfig, page_size: int, vcpu_mmap_size: int) -> None:
+        super().__init__(fd)
+        self._page_size = page_size
+        self._vcpu_mmap_size = vcpu_mmap_size
+        # KVM names the VM's debugfs folder after the thread that creates it and its descriptor.
+        self._debugfs = stage2.DEBUGFS_KVM / f"{threading.get_native_id()}-{fd}"
+        self._slots: dict[int, _Slot] = {}
+        self._memories: list[Memory] = []
+        self._vcpus: list[Vcpu] = []
+        self._l2_mappings: list[L2Mapping] = []
+        self._run_threads: set[int] = set()
+        self._gic: Device | None = None
+        self._gic_ready = threading.Lock()
+        self._gic_pending = False
+        if config.gic:
+            self._gic = device.create_gic(self)
+            self._gic_pending = True
+
+    @property
+    def debugfs(self) -> Path:
+        """The VM's folder in debugfs."""
+        return self._debugfs
+
+    def check_extension(self, capability: int) -> int:
+        """KVM_CHECK_EXTENSION on this VM."""
+        return self.ioctl("KVM_CHECK_EXTENSION", capability)
+
+    def set_user_memory_region(self, region: MemoryRegion) -> None:
+        """Create, change or (size 0) delete a memslot. Its mapping outlives it.
+
+        A slot that keeps its size and backing keeps its memory: its flags change, or it moves.
+        """
+        if not region.size:
+            self._set_region(region, None)
+            self._slots.pop(region.slot, None)
+            return
+        old = self._slots.get(region.slot)
+        if old and (old.region.size, old.region.backing) == (region.size, region.backing):
+            self._set_region(region, old.memory)
+            self._slots[region.slot] = _Slot(region, old.memory)
+            return
+        created = memory.create(region, self._page_size, self._guest_memfd(region))
+        try:
+            self._set_region(region, created)
+        except BaseException:
+            created.close()
+            raise
+        self._memories.append(created)
+        self._slots[region.slot] = _Slot(region, created)
+
+    def _guest_memfd(self, region: MemoryRegion) -> int:
+        if region.backing is not Backing.GUEST_MEMFD:
+            return -1
+        flags = self.check_extension(constants.KVM_CAP_GUEST_MEMFD_FLAGS)
+        if flags & _GUEST_MEMFD_FLAGS != _GUEST_MEMFD_FLAGS:
+            raise CapabilityMissing(
+                f"KVM_CAP_GUEST_MEMFD_FLAGS is {flags:#x}: this kernel's guest_memfd cannot be mapped by "
+                "the host; use another backing, or a kernel that has GUEST_MEMFD_FLAG_MMAP (Linux 6.18)"
+            )
+        request = structures.kvm_create_guest_memfd(region.size, _GUEST_MEMFD_FLAGS)
+        return self.ioctl("KVM_CREATE_GUEST_MEMFD", request)
+
+    def _set_region(self, region: MemoryRegion, behind: Memory | None) -> None:
+        request = structures.kvm_userspace_memory_region2(
+            slot=region.slot, flags=int(region.flags), guest_phys_addr=region.gpa, memory_size=region.size
+        )
+        name = "KVM_SET_USER_MEMORY_REGION"
+        if behind:
+            request.userspace_addr = behind.hva
+            if behind.guest_memfd >= 0:
+                request.flags |= constants.KVM_MEM_GUEST_MEMFD
+                request.guest_memfd = behind.guest_memfd
+                name = "KVM_SET_USER_MEMORY_REGION2"
+        # The first structure is the beginning of the second.
+        result, error = self.try_ioctl(name, request)
+        if result < 0:
+            hint = "slots must not overlap, and must lie below the VM's IPA limit"
+            raise KvmError(name, error, gpa=region.gpa, size=region.size, hint=hint)
+
+    def create_vcpu(self, config: VcpuConfig = VcpuConfig()) -> Vcpu:  # noqa: B008 - frozen
+        """KVM_CREATE_VCPU and, unless asked otherwise, KVM_ARM_VCPU_INIT."""
+        if config.el2 and not self.check_extension(constants.KVM_CAP_ARM_EL2):
+            raise CapabilityMissing(
+                "KVM_CAP_ARM_EL2 is 0: vCPUs cannot have EL2 here; nested guests need a host with "
+                "FEAT_NV2 that was booted with kvm-arm.mode=nested"
+            )
+        hint = "vCPUs must be created before the first one runs" if self._gic else ""
+        fd = self.ioctl("KVM_CREATE_VCPU", len(self._vcpus), hint=hint)
+        vcpu = Vcpu(fd, self._vcpu_mmap_size, config, self._before_run, self._can_pre_fault)
+        self._vcpus.append(vcpu)
+        if config.initialised:
+            target = structures.kvm_vcpu_init()
+            self.ioctl("KVM_ARM_PREFERRED_TARGET", target)
+            vcpu.initialise(target)
+        return vcpu
+
+    def _can_pre_fault(self) -> bool:
+        return bool(self.check_extension(constants.KVM_CAP_PRE_FAULT_MEMORY))
+
+    def _before_run(self, thread: int) -> None:
+        self._run_threads.add(thread)
+        if self._gic_pending:
+            with self._gic_ready:
+                if self._gic and self._gic_pending:
+                    device.initialise_gic(self._gic)
+                    self._gic_pending = False
+
+    def install(self, program: Program) -> None:
+        """Write the code and data of a guest program into guest memory."""
+        image = compile_program(program, self._page_size)
+        self.write_memory(image.base, image.data)
+        for step in program.steps:
+            if isinstance(step, EnterL2):
+                self._l2_mappings += step.mappings
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """Guest memory as the host sees it."""
+        slot = self._slot_of(gpa, size)
+        return slot.memory.read(gpa - slot.region.gpa, size)
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        """Write guest memory from the host."""
+        slot = self._slot_of(gpa, len(data))
+        slot.memory.write(gpa - slot.region.gpa, data)
+
+    def _slot_of(self, gpa: int, size: int) -> _Slot:
+        for slot in self._slots.values():
+            if slot.covers(gpa) and gpa + size <= slot.region.gpa + slot.region.size:
+                return slot
+        raise UsageError(
+            f"no memslot has gpa {gpa:#x}, size {size:#x}; set one with set_user_memory_region first"
+        )
+
+    def get_dirty_log(self, slot: int) -> list[int]:
+        """Page numbers, relative to the slot, written since the last call."""
+        if slot not in self._slots or not self._slots[slot].region.flags & SlotFlags.LOG_DIRTY_PAGES:
+            raise UsageError(f"slot {slot} has no dirty log; set it with SlotFlags.LOG_DIRTY_PAGES")
+        pages = self._slots[slot].region.size // self._page_size
+        words = (ctypes.c_uint64 * -(-pages // _BITS_PER_WORD))()
+        request = structures.kvm_dirty_log(slot, 0, ctypes.addressof(words))
+        self.ioctl("KVM_GET_DIRTY_LOG", request)
+        return [
+            index * _BITS_PER_WORD + bit
+            for index, word in enumerate(words)
+            if word
+            for bit in range(_BITS_PER_WORD)
+            if word >> bit & 1
+        ]
+
+    def stage2(self) -> list[Leaf]:
+        """Leaves of the canonical stage-2 table, by IPA."""
+        return stage2.canonical(self._debugfs)
+
+    def nested_stage2(self) -> list[list[Leaf]]:
+        """Leaves of every shadow stage-2 table in use, by index."""
+        return stage2.shadows(self._debugfs)
+
+    def count_faults(self) -> KvmFaultCounter:
+        """Count this VM's stage-2 faults while the returned context is open.
+
+        They are told from those of other VMs by the threads that run its vCPUs: do not run another
+        VM from the same thread meanwhile.
+        """
+        pages = sum(slot.region.size for slot in self._slots.values()) // self._page_size
+        return KvmFaultCounter(2 * pages + _TRACE_SLACK, self._run_threads, self._is_memory)
+
+    def _is_memory(self, ipa: int) -> bool:
+        """Whether an IPA, L1's or L2's, has a memslot behind it."""
+        if any(slot.covers(ipa) for slot in self._slots.values()):
+            return True
+        return any(one.ipa <= ipa < one.ipa + one.size for one in self._l2_mappings)
+
+    def close(self) -> None:
+        """Close the VM and its vCPUs. Safe to call again."""
+        while self._vcpus:
+            self._vcpus.pop().close()
+        if self._gic:
+            self._gic.close()
+        super().close()
+        memories, self._memories = self._memories, []
+        self._slots.clear()
+        memory.close_all(memories)
+
+
+def host_page_size() -> int:
+    """The host's page size."""
+    return os.sysconf("SC_PAGE_SIZE")
