@@ -24,14 +24,6 @@ def parse_size(text: str) -> int:
     return size
 
 
-def format_size(size: int) -> str:
-    """The shortest exact form: ``4 KiB``, ``32 MiB``, ``4097 B``."""
-    for suffix, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size and size % (1 << shift) == 0:
-            return f"{size >> shift} {suffix}"
-    return f"{size} B"
-
-
 class Size(click.ParamType[int]):
     """A size in bytes with an optional suffix."""
 
