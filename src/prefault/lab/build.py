@@ -1,19 +1,246 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel that the lab boots."""
+"""The kernel that the lab boots: base, series and config made into an Image, recorded and reused.
+
+What was built is written down beside it. While source, series, config and compiler are what the record
+says, building again does nothing; when one changes, make compiles only what that concerns.
+
+Failure modes: ``BuildFailed`` where a patch, checkpatch, Kconfig or the compiler objects; ``ToolMissing``
+where something must be installed or built first. What is half done is continued the next time.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prefault.errors import ToolMissing, UsageError
+import prefault
+from prefault.errors import LabError, ToolMissing, UsageError
+from prefault.lab import cache, checks, kbuild, rootfs, series, source, tools
+from prefault.lab.kbuild import Make
+from prefault.lab.progress import Progress, Silent
+from prefault.lab.series import Series
+from prefault.lab.source import Source
+
+KERNEL_FOLDER = Path(prefault.__file__).resolve().parents[2] / "kernel"
+BUILD_MIB = 500
+USUAL_STEPS = 1450
+"""Steps of a first build, until a record knows better."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was built, and from what."""
+
+    version: str
+    source: str
+    identity: str
+    config_sha256: str
+    series_sha256: str
+    series: tuple[str, ...]
+    compiler: str
+    image_sha256: str
+    selftests: tuple[str, ...]
+    steps: int
+    seconds: float
+
+    def inputs(self) -> tuple[str, ...]:
+        """What must be equal for the build to be reused."""
+        return (self.identity, self.config_sha256, self.series_sha256, self.compiler, *self.selftests)
+
+
+@dataclass(frozen=True)
+class BuiltKernel:
+    """A kernel in the cache, whole."""
+
+    folder: Path
+    record: Record
+
+    @property
+    def image(self) -> Path:
+        """What QEMU boots."""
+        return self.folder / "Image"
+
+    @property
+    def headers(self) -> Path:
+        """The kernel's UAPI headers as user space includes them."""
+        return self.folder / "build/usr/include"
+
+    @property
+    def config(self) -> Path:
+        """The whole .config."""
+        return self.folder / "build/.config"
+
+    def selftest(self, name: str) -> Path:
+        """A static arm64 program of the kernel's KVM selftests.
+
+        :raises UsageError: that one was not built
+        """
+        if name not in self.record.selftests:
+            built = ", ".join(self.record.selftests) or "none"
+            raise UsageError(f"no selftest {name!r} was built; there is: {built}")
+        return self.folder / "build/kselftest-kvm" / name
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_record(folder: Path) -> Record | None:
+    try:
+        raw = json.loads((folder / "build.json").read_text())
+        record = Record(**{**raw, "series": tuple(raw["series"]), "selftests": tuple(raw["selftests"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # none, or written by another version of this program: build again
+    return record if (folder / "Image").is_file() else None
+
+
+def current() -> BuiltKernel:
+    """The kernel that was built last.
+
+    :raises ToolMissing: there is none
+    """
+    pointer = cache.root() / "kernel" / "current"
+    if pointer.is_file():
+        folder = pointer.parent / pointer.read_text()
+        record = _read_record(folder)
+        if record is not None:
+            return BuiltKernel(folder, record)
+    raise ToolMissing("the lab has no kernel yet: run `prefault lab build`")
 
 
 def kernel_image() -> Path:
-    """The Image to boot: $PREFAULT_LAB_KERNEL, or what `prefault lab build` made."""
+    """The Image to boot: $PREFAULT_LAB_KERNEL, for work on the kernel, or what was built last.
+
+    :raises ToolMissing: nothing was built
+    """
     override = os.environ.get("PREFAULT_LAB_KERNEL")
-    if override:
-        if not Path(override).is_file():
-            raise UsageError(f"PREFAULT_LAB_KERNEL={override}: no such file")
-        return Path(override)
-    raise ToolMissing("the lab has no kernel yet: run `prefault lab build`")
+    if not override:
+        return current().image
+    if not Path(override).is_file():
+        raise UsageError(f"PREFAULT_LAB_KERNEL={override}: no such file")
+    return Path(override)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what comes out, apart from the source and the compiler."""
+
+    fragment: Path
+    series: Series
+    selftests: tuple[str, ...]
+
+
+def recipe_for(version: str, kernel_folder: Path = KERNEL_FOLDER) -> Recipe:
+    """The series and config for a kernel version: its own folder, or the newest one there is.
+
+    :raises UsageError: the folder kernel/ of the repository is not where it should be
+    """
+    fragment = kernel_folder / "config/lab.config"
+    if not fragment.is_file():
+        raise UsageError(f"{fragment} is not there: run prefault from its repository (pip install -e .)")
+    own = kernel_folder / f"v{'.'.join(version.split('.')[:2])}"
+    folder = own if own.is_dir() else max(kernel_folder.glob("v*"), key=_by_version)
+    patches = series.read(folder)
+    names = folder / "selftests"
+    listed = tuple(names.read_text().split()) if names.exists() else ()
+    return Recipe(fragment, patches, listed if patches.patches else ())
+
+
+def _by_version(folder: Path) -> tuple[int, ...]:
+    return tuple(int(part) for part in folder.name.removeprefix("v").split(".") if part.isdigit())
+
+
+def _wanted(origin: Source, recipe: Recipe) -> tuple[str, ...]:
+    config = _sha256(recipe.fragment)
+    return (origin.identity, config, recipe.series.sha256, tools.compiler_version(), *recipe.selftests)
+
+
+def build(tree: Path | None = None, *, jobs: int = 0, progress: Progress | None = None) -> BuiltKernel:
+    """Have the lab's kernel and root file system, building what is not there or no longer right.
+
+    :param tree: a kernel tree of the user's own, only read; None is Debian's source package
+    :param jobs: parallel compilers; 0 is one per CPU
+    :raises BuildFailed: a patch, checkpatch, Kconfig or the compiler objects
+    :raises ToolMissing: something must be installed first
+    :raises UsageError: ``tree`` is no kernel tree
+    """
+    progress = progress or Silent()
+    progress.stage("root file system")
+    rootfs.base()
+    with cache.locked("kernel"):
+        progress.stage("kernel source")
+        cache.remove_leftovers(cache.root() / "kernel")
+        origin = source.own(tree) if tree is not None else source.packaged()
+        recipe = recipe_for(source.version_of(origin.tree))
+        record = _read_record(origin.folder)
+        if record is None or record.inputs() != _wanted(origin, recipe):
+            record = _make(origin, recipe, jobs or os.cpu_count() or 1, record, progress)
+        cache.write_file(cache.root() / "kernel/current", origin.folder.name.encode())
+    return BuiltKernel(origin.folder, record)
+
+
+def _make(origin: Source, recipe: Recipe, jobs: int, before: Record | None, progress: Progress) -> Record:
+    absent = tools.missing(tools.BUILD_TOOLS)
+    if absent:
+        listed = "; ".join(f"{tool.name}: {problem}" for tool, problem in absent.items())
+        raise ToolMissing(f"the kernel cannot be built ({listed}): run `prefault lab build --yes`")
+    cache.need_space(origin.folder, BUILD_MIB << 20, "the kernel build")
+    cache.remove_leftovers(origin.folder)
+    (origin.folder / "build.json").unlink(missing_ok=True)
+    log = origin.folder / "build.log"
+    log.unlink(missing_ok=True)
+    make = Make(origin.tree, origin.folder / "build", log, jobs)
+    started = time.monotonic()
+
+    progress.stage("series and checkpatch")
+    series.apply(recipe.series, origin)
+    checks.checkpatch(recipe.series, origin)
+    steps = _compile(make, recipe, before, progress)
+    if recipe.selftests:
+        progress.stage("selftests")
+        kbuild.build_selftests(make, recipe.selftests)
+    progress.stage("warnings (W=1)")
+    checks.extra_warnings(recipe.series, origin, make, recipe.fragment)
+
+    image = make.output / "arch/arm64/boot/Image"
+    cache.write_file(origin.folder / "Image", image.read_bytes())
+    identity, config, patches, compiler, *selftests = _wanted(origin, recipe)
+    record = Record(
+        version=source.version_of(origin.tree),
+        source=origin.name,
+        identity=identity,
+        config_sha256=config,
+        series_sha256=patches,
+        series=tuple(patch.name for patch in recipe.series.patches),
+        compiler=compiler,
+        image_sha256=_sha256(image),
+        selftests=tuple(selftests),
+        steps=max(steps, before.steps if before else 0),
+        seconds=round(time.monotonic() - started, 1),
+    )
+    cache.write_file(origin.folder / "build.json", json.dumps(asdict(record), indent=2).encode())
+    return record
+
+
+def _compile(make: Make, recipe: Recipe, before: Record | None, progress: Progress) -> int:
+    """Compile Image and headers; returns how many steps that took."""
+    fresh = not (make.output / "vmlinux").exists()
+    count = 0
+
+    def step(name: str) -> None:
+        nonlocal count
+        count += 1
+        progress.step(name)
+
+    progress.stage("config")
+    make.configure(recipe.fragment)
+    progress.stage("compiling", (before.steps if before else USUAL_STEPS) if fresh else 0)
+    output = make.run("Image", "headers", on_step=step)
+    kbuild.fail_on_warnings(output, make.tree, "compiling the kernel")
+    if not (make.output / "arch/arm64/boot/Image").is_file():
+        raise LabError(f"make ended well but made no Image; see {make.log}")
+    return count

@@ -151,11 +151,16 @@ class PrivateApt:
                 f"cannot read the package lists of {suites}; is the network up?\n{error}"
             ) from error
 
-    def candidate(self, package: str) -> str | None:
-        """Newest version of a package that the sources offer, or None."""
-        output = process.check(self.command("apt-cache", "madison", package))
-        rows = [line.split("|") for line in output.splitlines()]
-        return next((row[1].strip() for row in rows if len(row) == 3), None)
+    def offers(self, package: str) -> dict[str, list[str]]:
+        """Versions of a package by suite, newest first."""
+        found: dict[str, list[str]] = {}
+        for line in process.check(self.command("apt-cache", "madison", package)).splitlines():
+            columns = [column.strip() for column in line.split("|")]
+            if len(columns) == 3:
+                _, version, origin = columns
+                suite = origin.split(" ")[1].partition("/")[0]
+                found.setdefault(suite, []).append(version)
+        return found
 
     def download(self, packages: tuple[str, ...], folder: Path) -> list[Path]:
         """Fetch package files into ``folder``, checksums checked by apt.
