@@ -20,6 +20,10 @@ from typing import Protocol, Self
 from prefault.guest.program import Program
 
 
+FILE_CONTENTS = bytes(range(256))
+"""What memory of Backing.FILE_PRIVATE holds before anybody writes to it, over and over."""
+
+
 class Backing(enum.Enum):
     """What is behind a memslot."""
 
@@ -32,7 +36,7 @@ class Backing(enum.Enum):
     HUGETLB = "hugetlb"
     """A hugetlb memfd; the page size is ``MemoryRegion.page_size`` (0: the default size)."""
     FILE_PRIVATE = "file-private"
-    """MAP_PRIVATE of a memfd that has data."""
+    """MAP_PRIVATE of a memfd that holds FILE_CONTENTS, over and over."""
     FILE_SHARED = "file-shared"
     """MAP_SHARED of a memfd."""
     GUEST_MEMFD = "guest-memfd"

@@ -9,6 +9,6 @@ KVM lacks something, with ``UsageError`` where guests cannot be run at all (host
 arm64), and with ``KvmError`` where an ioctl failed.
 """
 
-from prefault.kvm.system import Kvm
+from prefault.kvm.system import Kvm, open_kvm
 
-__all__ = ["Kvm"]
+__all__ = ["Kvm", "open_kvm"]

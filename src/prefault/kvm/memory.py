@@ -14,10 +14,7 @@ from dataclasses import dataclass, field
 
 from prefault.errors import CapabilityMissing, UsageError
 from prefault.kvm import hugepages, mapping
-from prefault.machine import Backing, MemoryRegion, Resident
-
-FILE_CONTENTS = bytes(range(256))
-"""What FILE_PRIVATE memory holds, over and over, before anybody writes to it."""
+from prefault.machine import FILE_CONTENTS, Backing, MemoryRegion, Resident
 
 _MFD_HUGETLB = 4
 _MFD_HUGE_SHIFT = 26

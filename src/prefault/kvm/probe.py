@@ -14,7 +14,7 @@ from prefault.abi import constants
 from prefault.errors import KvmError, KvmMissing
 from prefault.kvm import hugepages, stage2, tracing
 from prefault.kvm.descriptor import Descriptor
-from prefault.kvm.system import DEVICE, Kvm
+from prefault.kvm.system import DEVICE, Kvm, open_kvm
 from prefault.kvm.vm import host_page_size
 
 _DEFAULT_TYPE = 0
@@ -79,7 +79,7 @@ def facts(device: str = DEVICE) -> Facts:
     """Probe this host."""
     found = _host_facts()
     try:
-        kvm = Kvm.open(device)
+        kvm = open_kvm(device)
     except KvmMissing as error:
         found = dataclasses.replace(found, kvm_error=str(error))
     else:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import platform
-from typing import Self
 
 from prefault.abi import constants
 from prefault.errors import CapabilityMissing, KvmError, KvmMissing, UsageError
@@ -20,33 +19,8 @@ DEVICE = "/dev/kvm"
 class Kvm(Descriptor):
     """KVM's system descriptor."""
 
-    @classmethod
-    def open(cls, path: str = DEVICE) -> Self:
-        """Open /dev/kvm.
-
-        :raises KvmMissing: it is not there, may not be opened, or is no KVM
-        """
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except PermissionError as error:
-            raise KvmMissing(
-                f"{path} may not be opened: {error.strerror}; be root or join the group kvm "
-                "(usermod -aG kvm $USER, then log in again)"
-            ) from error
-        except OSError as error:
-            raise KvmMissing(
-                f"{path} cannot be opened: {error.strerror}; KVM is not loaded, or this machine has no "
-                "hardware virtualisation: use the lab (prefault run --machine lab)"
-            ) from error
-        kvm = cls(fd)
-        try:
-            kvm._check_version(path)
-        except BaseException:
-            kvm.close()
-            raise
-        return kvm
-
-    def _check_version(self, path: str) -> None:
+    def check_version(self, path: str) -> None:
+        """Refuse a descriptor that is no KVM of the one version that there is."""
         version, error = self.try_ioctl("KVM_GET_API_VERSION")
         if error or version != constants.KVM_API_VERSION:
             found = os.strerror(error) if error else f"version {version}"
@@ -111,3 +85,29 @@ class Kvm(Descriptor):
                 return result
             if error != errno.EINTR:
                 raise KvmError("KVM_CREATE_VM", error, hint=f"machine type {kind:#x}")
+
+
+def open_kvm(path: str = DEVICE) -> Kvm:
+    """Open /dev/kvm.
+
+    :raises KvmMissing: it is not there, may not be opened, or is no KVM
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise KvmMissing(
+            f"{path} may not be opened: {error.strerror}; be root or join the group kvm "
+            "(usermod -aG kvm $USER, then log in again)"
+        ) from error
+    except OSError as error:
+        raise KvmMissing(
+            f"{path} cannot be opened: {error.strerror}; KVM is not loaded, or this machine has no "
+            "hardware virtualisation: use the lab (prefault run --machine lab)"
+        ) from error
+    kvm = Kvm(fd)
+    try:
+        kvm.check_version(path)
+    except BaseException:
+        kvm.close()
+        raise
+    return kvm

@@ -89,17 +89,12 @@ class TraceInstance:
         kib = min(_MAX_BUFFER_KIB, max(256, events * _BYTES_PER_EVENT >> 10))
         self._write("buffer_size_kb", str(kib))
         self._write("options/event-fork", "1")
-        for thread in Path("/proc/self/task").iterdir():
-            with contextlib.suppress(ProcessLookupError):
-                self._append("set_event_pid", thread.name)
+        threads = " ".join(task.name for task in Path("/proc/self/task").iterdir())
+        self._write("set_event_pid", threads)
         self._write(f"{_EVENT}/enable", "1")
 
     def _write(self, name: str, value: str) -> None:
         (self._folder / name).write_text(value)
-
-    def _append(self, name: str, value: str) -> None:
-        with (self._folder / name).open("a") as file:
-            file.write(value)
 
     def stop(self) -> str:
         """Stop tracing; the trace.
