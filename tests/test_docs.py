@@ -46,9 +46,9 @@ def test_every_relative_link_resolves(page: Path) -> None:
 @pytest.mark.parametrize(("name", "command"), commands(root), ids=lambda value: str(value))
 def test_every_subcommand_and_option_is_documented(name: str, command: click.Command) -> None:
     page = (TOP / "docs/cli.md").read_text()
-    _, _, section = page.partition(f"\n## {name}\n") if f"\n## {name}\n" in page else page.partition(f"\n### {name}\n")
+    sections = re.split(r"^##+ ", page, flags=re.MULTILINE)
+    section = next((text for text in sections if text.startswith(f"{name}\n")), "")
     assert section, f"docs/cli.md has no heading for {name}"
-    section = re.split(r"^##? ", section, maxsplit=1, flags=re.MULTILINE)[0]
     for option in command.params:
         if isinstance(option, click.Option):
             assert option.opts[0] in section, f"docs/cli.md, {name}: {option.opts[0]} is missing"

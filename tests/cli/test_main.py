@@ -123,7 +123,9 @@ def test_an_interrupt_ends_as_a_shell_expects(
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["planted", "--number", "x"], ["planted", "--nothing"], ["planted", "more"]])
+@pytest.mark.parametrize(
+    "words", [["planted", "--number", "x"], ["planted", "--nothing"], ["planted", "more"]]
+)
 def test_wrong_usage_is_exit_2_and_an_object_under_json(
     plant: Plant, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
@@ -159,7 +161,9 @@ def test_a_reader_that_went_away_is_no_traceback() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        ended = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, check=False)
+        ended = subprocess.run(
+            [sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, check=False
+        )
     finally:
         os.close(writer)
     assert (ended.returncode, ended.stderr) == (BROKEN_PIPE, b"")

@@ -8,7 +8,9 @@ Every vCPU walks a part of the memory of its own. Ordinary guests walk it in two
 ones do so as L2, and then walk the whole of it as L1: L2's faults fill the shadow table, which
 pre-faulting leaves alone; it is L1 that it spares.
 
-``python3 -m prefault.scenarios.walk --json CONFIG`` prints the result as one JSON object.
+``python3 -m prefault.scenarios.walk --json CONFIG`` prints the result as one JSON object, and
+CLOCK_STARTS and CLOCK_STOPS on standard error around each timed run: under icount the machine's own
+clock counts instructions, so wall time can only be taken by whoever reads these lines outside.
 """
 
 from __future__ import annotations
@@ -51,11 +53,21 @@ CODE = 0x4000_0000
 DATA = 0x1_0000_0000
 """gpa of the memory that is walked."""
 
+CLOCK_STARTS = "the clock starts"
+CLOCK_STOPS = "the clock stops"
+
+Note = Callable[[str], None]
+"""Told CLOCK_STARTS and CLOCK_STOPS as they come."""
+
 _CODE_SLOT, _DATA_SLOT = 0, 1
 _CODE_ALIGNMENT = 2 << 20
 
 
-def walk(kvm: Kvm, config: WalkConfig) -> WalkResult:
+def _silence(text: str) -> None:
+    """A Note for nobody."""
+
+
+def walk(kvm: Kvm, config: WalkConfig, note: Note = _silence) -> WalkResult:
     """Walk without and with pre-faulting.
 
     :raises Mismatch: the guest read, or the host finds, other bytes than were written
@@ -68,13 +80,13 @@ def walk(kvm: Kvm, config: WalkConfig) -> WalkResult:
             f"size {config.size:#x} cannot be cut into two halves of whole strides of {stride:#x} "
             f"for {config.vcpus} vCPUs; use a multiple of {2 * config.vcpus * stride:#x}"
         )
-    runs = [_run_twice(kvm, config, permille) for permille in (0, config.prefault_permille)]
+    runs = [_run_twice(kvm, config, permille, note) for permille in (0, config.prefault_permille)]
     return WalkResult(config, kvm.page_size, *runs)
 
 
-def _run_twice(kvm: Kvm, config: WalkConfig, permille: int) -> WalkRun:
+def _run_twice(kvm: Kvm, config: WalkConfig, permille: int, note: Note) -> WalkRun:
     with _Walker(kvm, config, permille) as walker:
-        timed = walker.run(count=False)
+        timed = walker.run(count=False, note=note)
     with _Walker(kvm, config, permille) as walker:
         counted = walker.run(count=True)
     phases = tuple(
@@ -181,8 +193,9 @@ class _Walker:
             return int.from_bytes(FILE_CONTENTS[:8], "little")
         return 0
 
-    def run(self, *, count: bool) -> WalkRun:
+    def run(self, *, count: bool, note: Note = _silence) -> WalkRun:
         """Do the walk, with or without counting faults."""
+        note(CLOCK_STARTS)
         prefault_ns = self._pre_fault() if self._config.when is When.BEFORE else 0
         self._to_marker(0)
         phases = [self._phase("first half", 1, count)]
@@ -191,6 +204,7 @@ class _Walker:
         phases.append(self._phase("second half", 2, count))
         if self._config.nested:
             phases.append(self._phase("L1 after L2", 3, count))
+        note(CLOCK_STOPS)
         return WalkRun(
             phases=tuple(phases),
             prefault_ns=prefault_ns,
@@ -297,6 +311,12 @@ def _task(task: Callable[[], None], gate: threading.Barrier, errors: list[BaseEx
         errors.append(error)
 
 
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+    # Whoever passes the line on must be done with that before the clock runs.
+    time.sleep(0.02)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Walk on this host's KVM as ``--json CONFIG`` says, and print the result or the error as JSON."""
     from prefault.kvm import open_kvm  # the one place that says which back end it is
@@ -307,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError("usage: python3 -m prefault.scenarios.walk --json CONFIG")
         config = WalkConfig.from_json(json.loads(arguments[1]))
         with open_kvm() as kvm:
-            result = walk(kvm, config).to_json()
+            result = walk(kvm, config, _tell).to_json()
     except PrefaultError as error:
         print(json.dumps({"error": {"message": str(error), "exit_code": int(error.exit_code)}}))
         return int(error.exit_code)
