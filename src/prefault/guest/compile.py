@@ -251,8 +251,8 @@ class _Compiler:
         asm, body, after = self._asm, self._asm.fresh("l2"), self._asm.fresh("l2.after")
         self._l2.append((body, step))
         builder = self._build_tables(step)
-        vmid = len(self._l2)
-        for name, value in (("vtcr_el2", builder.vtcr), ("vttbr_el2", builder.base | vmid << 48)):
+        vttbr = builder.base | self._vmid(len(self._l2)) << 48
+        for name, value in (("vtcr_el2", builder.vtcr), ("vttbr_el2", vttbr)):
             asm.load_constant(0, value)
             asm.emit(a64.msr(name, 0))
         # E2H stays what this vCPU was made with; TGE must be clear for the guest to be at EL1.
@@ -269,6 +269,10 @@ class _Compiler:
         asm.emit_to(after, partial(a64.adr, CONTINUATION))
         asm.emit(a64.eret())
         asm.label(after)
+
+    def _vmid(self, number: int) -> int:
+        """An 8-bit VMID that programs 2 MiB apart do not share: a TLBI is for all tables of a VMID."""
+        return (self._program.base // (2 << 20) * 4 + number) % 255 + 1
 
     def _build_tables(self, step: EnterL2) -> tables.Stage2Builder:
         base = self._program.base + self._code_size + len(self.tables)

@@ -2,12 +2,15 @@
 """What a walk finds in memory, what it leaves there, and whether that is so.
 
 Every word that a walk touches holds a number made from its address, so that a page in the wrong
-place is seen. Done in chunks with strided views: a loop over every page would take longer in the
-lab than the walk itself.
+place is seen. What depends on the walk alone is computed once: in the lab, a loop over every page
+in Python takes longer than the walk itself.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+from array import array
 from collections.abc import Iterator
 
 from prefault.errors import Mismatch
@@ -25,22 +28,19 @@ def word(gpa: int) -> int:
 
 
 def fill(vm: Vm, gpa: int, size: int, stride: int) -> None:
-    """Write ``word`` at every stride."""
+    """Write ``word`` at every stride, and zeros between."""
     for start, length in _chunks(gpa, size, stride):
         data = bytearray(length)
-        for index, address in enumerate(range(start, start + length, stride)):
-            data[index * stride : index * stride + 8] = word(address).to_bytes(8, "little")
+        words = array("Q", map(word, range(start, start + length, stride)))
+        memoryview(data).cast("Q")[:: stride // 8] = memoryview(words)
         vm.write_memory(start, bytes(data))
 
 
+@functools.cache
 def expected_sum(walk: Walk, initial: int | None) -> int:
     """The value of ``walk``, if ``initial`` is in every word, or ``word`` if it is None."""
-    start, size = _range(walk)
-    total = 0
-    for index, address in enumerate(range(start, start + size, walk.stride)):
-        if not walk.is_write(index):
-            total += word(address) if initial is None else initial
-    return total & _MASK
+    reads = (address for address, write in zip(_addresses(walk), _writes(walk), strict=True) if not write)
+    return sum(map(word, reads) if initial is None else (initial for _ in reads)) & _MASK
 
 
 def check_writes(vm: Vm, walk: Walk) -> int:
@@ -48,22 +48,35 @@ def check_writes(vm: Vm, walk: Walk) -> int:
 
     :raises Mismatch: the first that is not
     """
-    start, size = _range(walk)
-    if not walk.write_permille:
+    written = _written(walk)
+    if not written:
         return 0
-    index = total = 0
-    for chunk, length in _chunks(start, size, walk.stride):
-        words = memoryview(vm.read_memory(chunk, length)).cast("Q")[:: walk.stride // 8].tolist()
-        for address, found in zip(range(chunk, chunk + length, walk.stride), words, strict=True):
-            if walk.is_write(index):
-                total += address
-                if found != address:
-                    raise Mismatch(
-                        f"the guest wrote {address:#x} at gpa {address:#x}, the host finds {found:#x}: "
-                        "the guest's page is not the host's"
-                    )
-            index += 1
-    return total & _MASK
+    step = walk.stride // 8
+    chunks = _chunks(*_range(walk), walk.stride)
+    parts = (memoryview(vm.read_memory(*chunk)).cast("Q")[::step].tolist() for chunk in chunks)
+    found = list(itertools.compress(itertools.chain.from_iterable(parts), _writes(walk)))
+    for address, value in zip(written, found, strict=True) if found != written else ():
+        if address != value:
+            raise Mismatch(
+                f"the guest wrote {address:#x} at gpa {address:#x}, the host finds {value:#x}: "
+                "the guest's page is not the host's"
+            )
+    return sum(written) & _MASK
+
+
+@functools.cache
+def _writes(walk: Walk) -> list[bool]:
+    return [walk.is_write(index) for index in range(len(_addresses(walk)))]
+
+
+@functools.cache
+def _written(walk: Walk) -> list[int]:
+    return list(itertools.compress(_addresses(walk), _writes(walk)))
+
+
+def _addresses(walk: Walk) -> range:
+    start, size = _range(walk)
+    return range(start, start + size, walk.stride)
 
 
 def _range(walk: Walk) -> tuple[int, int]:
