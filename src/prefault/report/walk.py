@@ -54,10 +54,10 @@ def walk_table(result: WalkResult, clock: Clock, wall: tuple[float, float] | Non
         table.add_row(name, f"{left:,}", f"{right:,}", _gain(left, right, f"{right - left:+,}"))
     table.add_section()
     for name, left, right in _costs(result.without, result.with_prefault, clock):
-        change = f"{'-' if right < left else '+'}{clock.text(abs(right - left))}"
-        table.add_row(name, clock.text(left), clock.text(right), _gain(left, right, change))
+        table.add_row(name, *_cells(left, right, clock))
     if wall:
-        table.add_row("time, emulated", *(format_duration(seconds * 1e9) for seconds in wall), "")
+        left, right = (round(seconds * 1e9) for seconds in wall)
+        table.add_row("time, emulated", *_cells(left, right, Clock(icount=False)))
     return table
 
 
@@ -79,15 +79,16 @@ def sentence(result: WalkResult, clock: Clock) -> str:
     spared = without.faults.total - with_.faults.total
     if not pages:
         return "Nothing was pre-faulted."
-    cost = f"it cost {clock.phrase(with_.prefault_ns / pages)} per page"
+    what, cost = f"Pre-faulting {plural(pages, 'page')}", clock.phrase(with_.prefault_ns / pages)
     if spared <= 0:
-        return f"Pre-faulting {plural(pages, 'page')} spared the guest no stage-2 fault; {cost}."
-    fault = (without.walk_ns - with_.walk_ns) / spared
-    total = with_.prefault_ns + with_.walk_ns - without.walk_ns
+        return f"{what} spared the guest no stage-2 fault; it cost {cost} per page."
+    fault = clock.phrase((without.walk_ns - with_.walk_ns) / spared)
+    total = (with_.prefault_ns + with_.walk_ns) / without.walk_ns - 1
     return (
-        f"Pre-faulting {plural(pages, 'page')} spared the guest {plural(spared, 'stage-2 fault')}; {cost}, "
-        f"a fault costs {clock.phrase(fault)}. Both together: "
-        f"{abs(total) / without.walk_ns:.0%} {'less' if total < 0 else 'more'} than without."
+        f"{what} spared the guest {plural(spared, 'stage-2 fault')}: it cost {cost} per page, "
+        f"a fault costs {fault}. "
+        f"The guest's own walk took {clock.text(with_.walk_ns)} in place of {clock.phrase(without.walk_ns)}; "
+        f"with pre-faulting added that is {abs(total):.0%} {'less' if total < 0 else 'more'} in all."
     )
 
 
@@ -110,6 +111,11 @@ def _costs(without: WalkRun, with_: WalkRun, clock: Clock) -> Iterator[tuple[str
     yield "  pre-faulting", without.prefault_ns, with_.prefault_ns
     for left, right in zip(without.phases, with_.phases, strict=True):
         yield f"  {left.name}", left.ns, right.ns
+
+
+def _cells(left: int, right: int, clock: Clock) -> tuple[str, str, Text]:
+    sign = "-" if right < left else "+"
+    return clock.text(left), clock.text(right), _gain(left, right, sign + clock.text(abs(right - left)))
 
 
 def _gain(left: int, right: int, text: str) -> Text:

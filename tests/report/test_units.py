@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+
+from prefault.report.units import format_duration, format_size, plural
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (1, "1 B"),
+        (4096, "4 KiB"),
+        (32 << 20, "32 MiB"),
+        (3 << 29, "1536 MiB"),
+        (4097, "4097 B"),
+    ],
+)
+def test_a_size_is_written_exactly(size: int, text: str) -> None:
+    assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("ns", "text"),
+    [
+        (0, "0 ns"),
+        (999, "999 ns"),
+        (1500, "1.5 µs"),
+        (27_000_000, "27 ms"),
+        (1.534e9, "1.53 s"),
+    ],
+)
+def test_a_duration_has_three_digits_and_a_unit(ns: float, text: str) -> None:
+    assert format_duration(ns) == text
+
+
+def test_one_is_singular_and_thousands_are_grouped() -> None:
+    assert plural(1, "page") == "1 page"
+    assert plural(8192, "page") == "8,192 pages"
