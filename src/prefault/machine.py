@@ -53,6 +53,32 @@ class Resident(enum.Enum):
     """Populated for writing: a page of its own behind every page."""
 
 
+class Advice(enum.Enum):
+    """What ``Vm.advise`` asks of the host about the memory behind a range (madvise(2))."""
+
+    DONTNEED = "dontneed"
+    """Forget the pages; private memory reads as zeroes afterwards."""
+    POPULATE_READ = "populate-read"
+    POPULATE_WRITE = "populate-write"
+    COLLAPSE = "collapse"
+    """Make THPs of what is there now."""
+    HUGEPAGE = "hugepage"
+    NOHUGEPAGE = "nohugepage"
+    HWPOISON = "hwpoison"
+    """Declare the pages broken, as a memory error would."""
+    MERGEABLE = "mergeable"
+    """Let KSM merge equal pages, in its own time."""
+
+
+class Access(enum.Enum):
+    """What ``Vm.protect`` leaves the VMM allowed to do with its own memory (mprotect(2))."""
+
+    NONE = "none"
+    READ = "read"
+    WRITE = "write"
+    """Read and write."""
+
+
 class SlotFlags(enum.IntFlag):
     """Flags of a memslot (KVM_MEM_*)."""
 
@@ -244,6 +270,15 @@ class Vm(Protocol):
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Write guest memory from the host."""
+
+    def advise(self, gpa: int, size: int, advice: Advice) -> None:
+        """madvise(2) on the host's mapping of ``[gpa, gpa+size)``, which lies in one memslot."""
+
+    def protect(self, gpa: int, size: int, access: Access) -> None:
+        """mprotect(2) on the host's mapping of ``[gpa, gpa+size)``, which lies in one memslot."""
+
+    def unmap(self, gpa: int, size: int) -> None:
+        """munmap(2) the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
 
     def get_dirty_log(self, slot: int) -> list[int]:
         """Page numbers, relative to the slot, written since the last call."""

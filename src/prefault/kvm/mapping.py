@@ -12,10 +12,14 @@ import os
 
 from prefault.errors import CapabilityMissing, PrefaultError
 
+MADV_DONTNEED = 4
+MADV_MERGEABLE = 12
 MADV_HUGEPAGE = 14
 MADV_NOHUGEPAGE = 15
 MADV_POPULATE_READ = 22
 MADV_POPULATE_WRITE = 23
+MADV_COLLAPSE = 25
+MADV_HWPOISON = 100
 
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
@@ -33,6 +37,7 @@ _libc.mmap.argtypes = (
 )
 _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
@@ -69,6 +74,13 @@ def map_at(hva: int, size: int, *, shared: bool, fd: int = -1) -> None:
 def unmap(hva: int, size: int) -> None:
     """munmap(2)."""
     _libc.munmap(hva, size)
+
+
+def protect(hva: int, size: int, protection: int) -> None:
+    """mprotect(2), with PROT_* of the mmap module, 0 for none."""
+    if _libc.mprotect(hva, size, protection):
+        errno = ctypes.get_errno()
+        raise PrefaultError(f"mprotect of {size:#x} bytes failed: {os.strerror(errno)}")
 
 
 def advise(hva: int, size: int, advice: int, what: str) -> None:

@@ -9,16 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 from dataclasses import dataclass, field
 
 from prefault.errors import CapabilityMissing, UsageError
 from prefault.kvm import hugepages, mapping
-from prefault.machine import FILE_CONTENTS, Backing, MemoryRegion, Resident
+from prefault.machine import FILE_CONTENTS, Access, Advice, Backing, MemoryRegion, Resident
 
 _MFD_HUGETLB = 4
 _MFD_HUGE_SHIFT = 26
 _CHUNK = 1 << 20
+
+_ADVICE = {
+    Advice.DONTNEED: mapping.MADV_DONTNEED,
+    Advice.POPULATE_READ: mapping.MADV_POPULATE_READ,
+    Advice.POPULATE_WRITE: mapping.MADV_POPULATE_WRITE,
+    Advice.COLLAPSE: mapping.MADV_COLLAPSE,
+    Advice.HUGEPAGE: mapping.MADV_HUGEPAGE,
+    Advice.NOHUGEPAGE: mapping.MADV_NOHUGEPAGE,
+    Advice.HWPOISON: mapping.MADV_HWPOISON,
+    Advice.MERGEABLE: mapping.MADV_MERGEABLE,
+}
+_PROTECTION = {Access.NONE: 0, Access.READ: mmap.PROT_READ, Access.WRITE: mmap.PROT_READ | mmap.PROT_WRITE}
 
 
 @dataclass
@@ -33,7 +46,8 @@ class Memory:
     hva: int
     size: int
     guest_memfd: int = -1
-    _whole: tuple[int, int] = (0, 0)
+    _pieces: list[tuple[int, int]] = field(default_factory=list)
+    """What of the address space is ours to unmap: (start, end)."""
     _fds: list[int] = field(default_factory=list)
     _reservation: hugepages.Reservation | None = None
 
@@ -45,16 +59,36 @@ class Memory:
         """Write bytes from the host."""
         ctypes.memmove(self.hva + offset, data, len(data))
 
+    def advise(self, offset: int, size: int, advice: Advice) -> None:
+        """madvise(2)."""
+        mapping.advise(self.hva + offset, size, _ADVICE[advice], f"MADV_{advice.name}")
+
+    def protect(self, offset: int, size: int, access: Access) -> None:
+        """mprotect(2)."""
+        mapping.protect(self.hva + offset, size, _PROTECTION[access])
+
+    def unmap(self, offset: int, size: int) -> None:
+        """munmap(2). Others may be given the addresses from now on."""
+        start = self.hva + offset
+        mapping.unmap(start, size)
+        self._pieces = [part for piece in self._pieces for part in _without(piece, (start, start + size))]
+
     def close(self) -> None:
         """Unmap, and close what was behind. Safe to call again."""
-        whole, self._whole = self._whole, (0, 0)
-        if whole[1]:
-            mapping.unmap(*whole)
+        while self._pieces:
+            start, end = self._pieces.pop()
+            mapping.unmap(start, end - start)
         while self._fds:
             os.close(self._fds.pop())
         self.guest_memfd = -1
         if self._reservation:
             self._reservation.close()
+
+
+def _without(piece: tuple[int, int], hole: tuple[int, int]) -> list[tuple[int, int]]:
+    """The parts of ``piece`` outside of ``hole``."""
+    parts = [(piece[0], min(piece[1], hole[0])), (max(piece[0], hole[1]), piece[1])]
+    return [(start, end) for start, end in parts if start < end]
 
 
 def create(region: MemoryRegion, page_size: int, guest_memfd: int = -1) -> Memory:
@@ -89,7 +123,7 @@ def _map(memory: Memory, region: MemoryRegion, page_size: int) -> None:
     alignment = max(huge, hugepages.pmd_size(), page_size)
     lead = (region.gpa + region.hva_offset) % alignment
     whole, aligned = mapping.reserve(lead + region.size + huge, alignment)
-    memory._whole = (whole, lead + region.size + huge + alignment)
+    memory._pieces = [(whole, whole + lead + region.size + huge + alignment)]
     memory.hva = aligned + lead
     # hugetlb is mapped from page boundary to page boundary, whatever part of it the slot shows.
     start = memory.hva // huge * huge

@@ -19,7 +19,16 @@ from prefault.kvm.device import Device
 from prefault.kvm.memory import Memory
 from prefault.kvm.tracing import KvmFaultCounter
 from prefault.kvm.vcpu import Vcpu
-from prefault.machine import Backing, Leaf, MemoryRegion, SlotFlags, VcpuConfig, VmConfig
+from prefault.machine import (
+    Access,
+    Advice,
+    Backing,
+    Leaf,
+    MemoryRegion,
+    SlotFlags,
+    VcpuConfig,
+    VmConfig,
+)
 
 _GUEST_MEMFD_FLAGS = constants.GUEST_MEMFD_FLAG_MMAP | constants.GUEST_MEMFD_FLAG_INIT_SHARED
 _BITS_PER_WORD = 64
@@ -166,6 +175,21 @@ class Vm(Descriptor):
         """Write guest memory from the host."""
         slot = self._slot_of(gpa, len(data))
         slot.memory.write(gpa - slot.region.gpa, data)
+
+    def advise(self, gpa: int, size: int, advice: Advice) -> None:
+        """madvise(2) on the host's mapping of ``[gpa, gpa+size)``, which lies in one memslot."""
+        slot = self._slot_of(gpa, size)
+        slot.memory.advise(gpa - slot.region.gpa, size, advice)
+
+    def protect(self, gpa: int, size: int, access: Access) -> None:
+        """mprotect(2) on the host's mapping of ``[gpa, gpa+size)``, which lies in one memslot."""
+        slot = self._slot_of(gpa, size)
+        slot.memory.protect(gpa - slot.region.gpa, size, access)
+
+    def unmap(self, gpa: int, size: int) -> None:
+        """munmap(2) the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
+        slot = self._slot_of(gpa, size)
+        slot.memory.unmap(gpa - slot.region.gpa, size)
 
     def _slot_of(self, gpa: int, size: int) -> _Slot:
         for slot in self._slots.values():
