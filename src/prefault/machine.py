@@ -19,7 +19,6 @@ from typing import Protocol, Self
 
 from prefault.guest.program import Program
 
-
 FILE_CONTENTS = bytes(range(256))
 """What memory of Backing.FILE_PRIVATE holds before anybody writes to it, over and over."""
 
