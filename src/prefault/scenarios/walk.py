@@ -26,7 +26,8 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from prefault.errors import Mismatch, PrefaultError, UsageError
+from prefault.abi.constants import KVM_CAP_PRE_FAULT_MEMORY
+from prefault.errors import CapabilityMissing, Mismatch, PrefaultError, UsageError
 from prefault.guest import port
 from prefault.guest.compile import compile_program
 from prefault.guest.program import EnterL2, L2Mapping, Marker, Program, Report, Step, Walk
@@ -80,8 +81,20 @@ def walk(kvm: Kvm, config: WalkConfig, note: Note = _silence) -> WalkResult:
             f"size {config.size:#x} cannot be cut into two halves of whole strides of {stride:#x} "
             f"for {config.vcpus} vCPUs; use a multiple of {2 * config.vcpus * stride:#x}"
         )
+    if config.prefault_permille:
+        _require_capability(kvm)
     runs = [_run_twice(kvm, config, permille, note) for permille in (0, config.prefault_permille)]
     return WalkResult(config, kvm.page_size, *runs)
+
+
+def _require_capability(kvm: Kvm) -> None:
+    """Say so before half of the work is done."""
+    with kvm.create_vm(VmConfig()) as vm:
+        if not vm.check_extension(KVM_CAP_PRE_FAULT_MEMORY):
+            raise CapabilityMissing(
+                "this VM does not report KVM_CAP_PRE_FAULT_MEMORY: boot a kernel with the series, "
+                "and not in protected mode"
+            )
 
 
 def _run_twice(kvm: Kvm, config: WalkConfig, permille: int, note: Note) -> WalkRun:
