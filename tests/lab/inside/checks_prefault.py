@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must hold of pre-faulting through the back end: no fault is left, and errors are told."""
+
+from __future__ import annotations
+
+import errno
+
+from prefault.errors import KvmError
+from prefault.guest import port
+from prefault.guest.program import DeviceRead, Marker, Report, Walk
+from prefault.machine import Backing, MmioExit, PreFaultProgress, Resident, VcpuConfig
+from tests.lab.inside.checks import Checks, main
+from tests.lab.inside.guests import DATA, DEVICE, LOG, MIB, PAGE, READONLY, make_vm, start, until_exit
+
+checks = Checks()
+SIZE = 4 * MIB
+
+
+@checks.each(Backing)
+def pre_faulted_memory_costs_the_guest_no_fault(backing: Backing) -> None:
+    with make_vm(SIZE, backing, resident=Resident.WRITE) as vm:
+        vcpu = start(vm, Marker(0), Walk(DATA, SIZE, PAGE, 500), Marker(1))
+        assert until_exit(vcpu) == port.AtMarker(0)
+        vcpu.pre_fault_memory(DATA, SIZE)
+        with vm.count_faults() as faults:
+            assert until_exit(vcpu) == port.AtMarker(1)
+        assert faults.total == 0, faults
+
+
+@checks.each(((1, True, 64), (2, True, 32), (4, True, 64), (4, False, 32), (8, False, 64)))
+def a_pending_device_read_survives_pre_faulting(width: int, signed: bool, bits: int) -> None:
+    with make_vm(SIZE, Backing.SHARED) as vm:
+        vcpu = start(vm, DeviceRead(DEVICE, width, signed, bits), Report())
+        assert until_exit(vcpu) == MmioExit(DEVICE, width, False)
+        vcpu.pre_fault_memory(DATA, SIZE)
+        vcpu.complete_mmio((1 << 8 * width) - 2)
+        expected = (1 << bits) - 2 if signed else (1 << 8 * width) - 2
+        assert until_exit(vcpu) == port.Reported(expected)
+
+
+@checks
+def pre_faulting_before_the_first_run_works() -> None:
+    with make_vm(SIZE, resident=Resident.WRITE) as vm:
+        vcpu = vm.create_vcpu()
+        vcpu.pre_fault_memory(DATA, SIZE)
+        assert sum(leaf.size for leaf in vm.stage2()) == SIZE
+
+
+@checks
+def nothing_becomes_dirty() -> None:
+    with make_vm(SIZE, resident=Resident.WRITE, flags=LOG) as vm:
+        vm.create_vcpu().pre_fault_memory(DATA, SIZE)
+        assert vm.get_dirty_log(1) == []
+        assert not any(leaf.writable for leaf in vm.stage2())
+
+
+@checks
+def a_read_only_slot_is_mapped_read_only() -> None:
+    with make_vm(SIZE, resident=Resident.WRITE, flags=READONLY) as vm:
+        vm.create_vcpu().pre_fault_memory(DATA, SIZE)
+        assert [leaf.writable for leaf in vm.stage2()] == [False]
+
+
+@checks
+def where_no_slot_is_says_enoent_with_the_place() -> None:
+    with make_vm(SIZE) as vm:
+        vcpu = vm.create_vcpu()
+        try:
+            vcpu.pre_fault_memory(DATA, SIZE + 2 * PAGE)
+        except KvmError as error:
+            assert (error.errno, error.gpa, error.size) == (errno.ENOENT, DATA + SIZE, 2 * PAGE), error
+            assert "memslot" in str(error), error
+            return
+        raise AssertionError("accepted")
+
+
+@checks.each(
+    (
+        (DATA + 1, PAGE, 0),
+        (DATA, PAGE + 1, 0),
+        (DATA, 0, 0),
+        (DATA, PAGE, 1),
+        (-PAGE & (1 << 64) - 1, 2 * PAGE, 0),
+    )
+)
+def a_bad_range_is_einval_and_untouched(gpa: int, size: int, flags: int) -> None:
+    with make_vm(SIZE) as vm:
+        progress = vm.create_vcpu().pre_fault_memory_once(gpa, size, flags)
+        assert progress == PreFaultProgress(gpa, size, errno.EINVAL), progress
+
+
+@checks
+def an_uninitialised_vcpu_says_enoexec() -> None:
+    with make_vm(SIZE) as vm:
+        vcpu = vm.create_vcpu(VcpuConfig(initialised=False))
+        assert vcpu.pre_fault_memory_once(DATA, SIZE).errno == errno.ENOEXEC
+
+
+if __name__ == "__main__":
+    main(checks)
