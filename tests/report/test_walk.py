@@ -109,9 +109,9 @@ def test_nothing_pre_faulted_is_said_to_be_nothing() -> None:
     [
         (
             WalkConfig(),
-            ["a guest walks 32 MiB", "private memory", "1 vCPU,", "50 % writes", "before it runs"],
+            ["A guest walks 32 MiB", "private memory", "1 vCPU,", "50 % writes", "before it runs"],
         ),
-        (WalkConfig(nested=True, vcpus=2), ["an L2 and its L1 walk", "2 vCPUs"]),
+        (WalkConfig(nested=True, vcpus=2), ["An L2 and its L1 walk", "2 vCPUs"]),
         (WalkConfig(prefault_permille=125), ["12.5 % pre-faulted"]),
     ],
 )

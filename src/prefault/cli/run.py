@@ -20,7 +20,7 @@ from prefault.lab.job import Job, JobResult, command_line, run_job
 from prefault.lab.machine import MODES, MachineOptions
 from prefault.machine import Backing, Resident
 from prefault.report.units import format_size, plural
-from prefault.report.walk import Clock, sentence, walk_table
+from prefault.report.walk import Clock, describe, sentence, walk_table
 from prefault.scenarios.walk import CLOCK_STARTS, CLOCK_STOPS, WalkConfig, WalkResult, When, walk
 
 EPILOG = """\b
@@ -276,5 +276,6 @@ def _print(
         output.emit("run", payload)
         return
     console = output.stdout()
+    console.print(describe(result.config))
     console.print(walk_table(result, clock, wall if clock.icount else None))
     console.print(sentence(result, clock))

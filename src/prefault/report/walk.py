@@ -46,7 +46,7 @@ def walk_table(result: WalkResult, clock: Clock, wall: tuple[float, float] | Non
 
     :param wall: seconds that each took outside of the machine, if its clock counts instructions
     """
-    table = Table(title=describe(result.config), title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("")
     for heading in ("demand faults", "pre-faulted", "difference"):
         table.add_column(heading, justify="right")
@@ -63,7 +63,7 @@ def walk_table(result: WalkResult, clock: Clock, wall: tuple[float, float] | Non
 
 def describe(config: WalkConfig) -> str:
     """What the guest does, in one line."""
-    who = "an L2 and its L1 walk" if config.nested else "a guest walks"
+    who = "An L2 and its L1 walk" if config.nested else "A guest walks"
     when = "while it runs" if config.when is When.WHILE_RUNNING else "before it runs"
     return (
         f"{who} {format_size(config.size)}: {config.backing.value} memory, {_RESIDENT[config.resident]}, "
