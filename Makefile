@@ -35,6 +35,7 @@ format: venv  ## rewrite the Python files in the project's format
 	@$(BIN)/ruff format .
 
 venv: .venv/.complete  ## the virtual environment in .venv
+	@:
 
 .venv/.complete: pyproject.toml bootstrap.py
 	@$(PYTHON) bootstrap.py
