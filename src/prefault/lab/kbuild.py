@@ -95,7 +95,7 @@ def build_selftests(make: Make, names: tuple[str, ...]) -> Path:
     :returns: the folder that they are in
     """
     folder = make.output / "kselftest-kvm"
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tools").mkdir(parents=True, exist_ok=True)  # its makefile does not make this one
     headers = make.output / "usr/include"
     command = (
         "make",

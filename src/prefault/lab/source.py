@@ -96,7 +96,7 @@ def packaged() -> Source:
     if not offers:
         raise LabError(f"the mirror has no {PACKAGE} in {SUITE}: use `prefault lab build --source DIR`")
     version = offers[0]
-    folder = top / f"debian-{version}"
+    folder = top / f"debian-{version.replace(':', '_')}"  # make takes no colon in a path
     with cache.new_folder(folder) as made:
         _unpack_package(apt, made)
         (made / "version").write_text(version)
