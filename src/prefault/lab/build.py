@@ -233,3 +233,20 @@ def _compile(make: Make, recipe: Recipe, progress: Progress) -> None:
     kbuild.fail_on_warnings(output, make.tree, "compiling the kernel")
     if not (make.output / "arch/arm64/boot/Image").is_file():
         raise LabError(f"make ended well but made no Image; see {make.log}")
+
+
+def commands(tree: Path | None = None, *, jobs: int = 0) -> tuple[tuple[str, ...], ...]:
+    """Command lines that a build from nothing would run, for reading. Nothing is run or fetched."""
+    listed: list[tuple[str, ...]] = []
+    folder = source.folder_of(tree)
+    if folder is None:
+        listed.append(("apt-get", "download", source.PACKAGE, f"# from {source.SUITE}"))
+        folder = cache.root() / "kernel/debian-VERSION"
+    recipe = recipe_for(source.version_of(tree) if tree is not None else source.SERIES_VERSION)
+    listed += [("git", "apply", "--whitespace=nowarn", str(patch)) for patch in recipe.series.patches]
+    make = Make(folder / "tree", folder / "build", folder / "build.log", jobs or os.cpu_count() or 1)
+    listed.append(make.command(f"KCONFIG_ALLCONFIG={recipe.fragment}", "allnoconfig"))
+    listed.append(make.command("Image", "headers"))
+    if recipe.selftests:
+        listed.append(kbuild.selftest_command(make, recipe.selftests))
+    return tuple(listed)

@@ -5,8 +5,8 @@ A ``PrivateApt`` has its own lists, cache and sources in the lab's cache folder 
 the machine's own configuration (proxies and credentials are taken from there as well). What it trusts is
 Debian's archive keyring, named in ``signed-by``.
 
-Failure modes: ``ToolMissing`` where there is no apt or no Debian mirror set up; ``LabError`` with apt's
-own last lines where the network or a signature fails.
+Failure modes: ``ToolMissing`` where there is no apt, no Debian mirror set up, or no way to get what it
+should offer (no network, a wrong signature), with apt's own last lines; ``LabError`` for anything else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefault.errors import LabError, ToolMissing
+from prefault.errors import ToolMissing
 from prefault.lab import cache, process
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -135,7 +135,7 @@ class PrivateApt:
     def update(self) -> None:
         """Fetch the lists.
 
-        :raises LabError: a mirror cannot be reached or a signature is wrong
+        :raises ToolMissing: a mirror cannot be reached or a signature is wrong
         """
         for name in ("lists/partial", "cache/archives/partial"):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
@@ -143,13 +143,12 @@ class PrivateApt:
             self._folder / "sources.list", "".join(s.line() + "\n" for s in self._sources).encode()
         )
         cache.write_file(self._folder / "apt.conf", self._configuration().encode())
-        try:
-            process.check(self.command("apt-get", "update", "--error-on=any"))
-        except LabError as error:
-            suites = ", ".join(sorted({source.suite for source in self._sources}))
-            raise LabError(
-                f"cannot read the package lists of {suites}; is the network up?\n{error}"
-            ) from error
+        suites = ", ".join(sorted({source.suite for source in self._sources}))
+        process.check(
+            self.command("apt-get", "update", "--error-on=any"),
+            failure=ToolMissing,
+            hint=f"cannot read the package lists of {suites}: is the network up?",
+        )
 
     def offers(self, package: str) -> dict[str, list[str]]:
         """Versions of a package by suite, newest first."""
@@ -165,9 +164,14 @@ class PrivateApt:
     def download(self, packages: tuple[str, ...], folder: Path) -> list[Path]:
         """Fetch package files into ``folder``, checksums checked by apt.
 
-        :raises LabError: a package is not there, or the download broke off
+        :raises ToolMissing: a package is not there, or the download broke off
         """
-        process.check(self.command("apt-get", "download", *packages), cwd=folder)
+        process.check(
+            self.command("apt-get", "download", *packages),
+            cwd=folder,
+            failure=ToolMissing,
+            hint=f"cannot fetch {', '.join(packages)}: is the network up, and has {folder} room?",
+        )
         return sorted(folder.glob("*.deb"))
 
 

@@ -89,15 +89,15 @@ def run_logged(
     return output
 
 
-def build_selftests(make: Make, names: tuple[str, ...]) -> Path:
-    """Build KVM selftests as static programs.
+def _selftest_folder(make: Make) -> Path:
+    return make.output / "kselftest-kvm"
 
-    :returns: the folder that they are in
-    """
-    folder = make.output / "kselftest-kvm"
-    (folder / "tools").mkdir(parents=True, exist_ok=True)  # its makefile does not make this one
+
+def selftest_command(make: Make, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The command line that builds some KVM selftests; static with LDFLAGS=-static in the environment."""
+    folder = _selftest_folder(make)
     headers = make.output / "usr/include"
-    command = (
+    return (
         "make",
         "-C",
         str(make.tree / "tools/testing/selftests/kvm"),
@@ -110,10 +110,18 @@ def build_selftests(make: Make, names: tuple[str, ...]) -> Path:
         f"LINUX_HDR_PATH={headers}",
         *(str(folder / name) for name in names),
     )
+
+
+def build_selftests(make: Make, names: tuple[str, ...]) -> None:
+    """Build KVM selftests as static programs, into kselftest-kvm/ of the build.
+
+    :raises BuildFailed: they do not compile, or not without warnings
+    """
+    # Their makefile does not make this folder.
+    (_selftest_folder(make) / "tools").mkdir(parents=True, exist_ok=True)
     # In the environment: the makefile adds to it, and a variable of make's command line would stop that.
-    output = run_logged(command, make.log, environment={"LDFLAGS": "-static"})
+    output = run_logged(selftest_command(make, names), make.log, environment={"LDFLAGS": "-static"})
     fail_on_warnings(output, make.tree, "building the selftests")
-    return folder
 
 
 def warnings(output: str) -> tuple[str, ...]:

@@ -13,11 +13,10 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from prefault.errors import LabError, ToolMissing
+from prefault.errors import LabError, PrefaultError, ToolMissing
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -109,36 +108,18 @@ def check(
     *,
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
-    failure: type[LabError] = LabError,
+    failure: type[PrefaultError] = LabError,
+    hint: str = "",
 ) -> str:
     """Run a program that must succeed.
 
+    :param hint: what the message of a failure begins with
     :returns: its output
     :raises LabError: (or ``failure``) it ended with another status than 0; the message has its last lines
     """
     status, output = run(argv, cwd=cwd, environment=environment)
     if status != 0:
         tail = "\n".join(output.rstrip().splitlines()[-10:])
-        raise failure(f"`{shlex.join(argv)}` ended with status {status}:\n{tail}")
+        what = f"`{shlex.join(argv)}` ended with status {status}:\n{tail}"
+        raise failure(f"{hint}\n{what}" if hint else what)
     return output
-
-
-@contextlib.contextmanager
-def terminated_as_interrupt() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP unwind like Ctrl-C, so that children are ended and parts removed."""
-
-    def interrupt(number: int, _frame: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    old = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def is_terminal() -> bool:
-    """Whether a person can answer a question."""
-    return sys.stdin.isatty() and sys.stderr.isatty()

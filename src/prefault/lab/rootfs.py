@@ -143,36 +143,40 @@ def _recipe() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def archive() -> Path:
+    """Where the archive is, or will be once it is made."""
+    return cache.root() / "rootfs" / f"{_recipe()}.cpio"
+
+
 def base() -> Path:
     """The root file system's archive, made if it is not in the cache.
 
-    :raises ToolMissing: no apt, or no Debian mirror
-    :raises LabError: the packages cannot be fetched, or the disk is full
+    :raises ToolMissing: no apt, no Debian mirror, or the packages cannot be fetched
+    :raises LabError: the disk is full
     """
-    folder = cache.root() / "rootfs"
-    archive = folder / f"{_recipe()}.cpio"
-    if archive.exists():
-        return archive
+    made = archive()
+    if made.exists():
+        return made
     with cache.locked("rootfs"):
-        if archive.exists():
-            return archive
-        cache.remove_leftovers(folder)
-        cache.need_space(folder, UNPACKED_MIB << 20, "the root file system")
-        _make(archive)
-        for old in folder.glob("*.cpio"):
-            if old != archive:
+        if made.exists():
+            return made
+        cache.remove_leftovers(made.parent)
+        cache.need_space(made.parent, UNPACKED_MIB << 20, "the root file system")
+        _make(made)
+        for old in made.parent.glob("*.cpio"):
+            if old != made:
                 old.unlink()
-    return archive
+    return made
 
 
-def _make(archive: Path) -> None:
+def _make(target: Path) -> None:
     source = debian.Source(debian.main_mirror(), SUITE, "arm64")
     apt = debian.PrivateApt(cache.root() / "apt" / "rootfs", (source,))
     apt.update()
-    with cache.scratch_folder(archive.parent) as work:
+    with cache.scratch_folder(target.parent) as work:
         packages = work / "packages"
         unpacked = work / "tree"
         packages.mkdir()
         for package in apt.download(tuple(f"{name}:arm64" for name in PACKAGES), packages):
             debian.unpack(package, unpacked)
-        cache.write_file(archive, cpio.write(_entries(unpacked)))
+        cache.write_file(target, cpio.write(_entries(unpacked)))

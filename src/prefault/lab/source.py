@@ -15,11 +15,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefault.errors import LabError, UsageError
+from prefault.errors import LabError, ToolMissing, UsageError
 from prefault.lab import cache, debian, process
 
 SUITE = "trixie-backports"
-PACKAGE = "linux-source-7.3"
+SERIES_VERSION = "7.3"
+PACKAGE = f"linux-source-{SERIES_VERSION}"
 UNPACKED_MIB = 3000
 """The package, the archive in it, and the tree."""
 
@@ -76,16 +77,27 @@ def version_of(tree: Path) -> str:
     return number + found.get("EXTRAVERSION", "")
 
 
+def folder_of(directory: Path | None) -> Path | None:
+    """Where a user's tree, or (None) Debian's source, has its place; None if that was not fetched yet."""
+    top = cache.root() / "kernel"
+    if directory is not None:
+        key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
+        return top / f"own-{key}"
+    whole = (folder for folder in top.glob("debian-*") if cache.PART not in folder.name)
+    return max((folder for folder in whole if (folder / "tree").is_dir()), default=None)
+
+
 def packaged() -> Source:
     """Debian's source package, fetched and unpacked if it is not in the cache.
 
-    :raises LabError: it cannot be fetched, or the disk is full
+    :raises ToolMissing: it cannot be fetched
+    :raises LabError: the disk is full
     """
+    here = folder_of(None)
+    if here is not None:
+        version = (here / "version").read_text()
+        return Source(here, version, version)
     top = cache.root() / "kernel"
-    for folder in sorted(top.glob("debian-*"), reverse=True):
-        if (folder / "tree").is_dir() and cache.PART not in folder.name:
-            version = (folder / "version").read_text()
-            return Source(folder, version, version)
     cache.need_space(top, UNPACKED_MIB << 20, "the kernel source")
     apt = debian.PrivateApt(
         cache.root() / "apt" / "kernel",
@@ -94,7 +106,7 @@ def packaged() -> Source:
     apt.update()
     offers = apt.offers(PACKAGE).get(SUITE)
     if not offers:
-        raise LabError(f"the mirror has no {PACKAGE} in {SUITE}: use `prefault lab build --source DIR`")
+        raise ToolMissing(f"the mirror has no {PACKAGE} in {SUITE}: use `prefault lab build --source DIR`")
     version = offers[0]
     folder = top / f"debian-{version.replace(':', '_')}"  # make takes no colon in a path
     with cache.new_folder(folder) as made:
@@ -132,8 +144,8 @@ def own(directory: Path) -> Source:
     """
     directory = directory.resolve()
     version_of(directory)
-    key = hashlib.sha256(str(directory).encode()).hexdigest()[:12]
-    folder = cache.root() / "kernel" / f"own-{key}"
+    folder = folder_of(directory)
+    assert folder is not None
     cache.need_space(folder, 0 if folder.exists() else UNPACKED_MIB << 19, "the copy of the kernel tree")
     folder.mkdir(parents=True, exist_ok=True)
     files = list(_source_files(directory))
