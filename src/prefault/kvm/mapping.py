@@ -7,6 +7,7 @@ Source: include/uapi/asm-generic/mman-common.h, include/uapi/linux/memfd.h
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 
@@ -44,9 +45,9 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 def _map(hva: int, size: int, protection: int, flags: int, fd: int) -> int:
     result = _libc.mmap(hva or None, size, protection, flags, fd, 0)
     if result is None or result == _MAP_FAILED:
-        errno = ctypes.get_errno()
+        error = ctypes.get_errno()
         raise PrefaultError(
-            f"mmap of {size:#x} bytes failed: {os.strerror(errno)}; "
+            f"mmap of {size:#x} bytes failed: {os.strerror(error)}; "
             "ask for less memory, or free some (huge pages must be reserved beforehand)"
         )
     return int(result)
@@ -79,16 +80,24 @@ def unmap(hva: int, size: int) -> None:
 def protect(hva: int, size: int, protection: int) -> None:
     """mprotect(2), with PROT_* of the mmap module, 0 for none."""
     if _libc.mprotect(hva, size, protection):
-        errno = ctypes.get_errno()
-        raise PrefaultError(f"mprotect of {size:#x} bytes failed: {os.strerror(errno)}")
+        error = ctypes.get_errno()
+        raise PrefaultError(f"mprotect of {size:#x} bytes failed: {os.strerror(error)}")
 
 
-def advise(hva: int, size: int, advice: int, what: str) -> None:
+def poison(hva: int, size: int) -> None:
+    """madvise(2) with MADV_HWPOISON."""
+    # EBUSY: poisoned, but still in somebody's hands, as guest_memfd's pages always are.
+    advise(hva, size, MADV_HWPOISON, "MADV_HWPOISON", tolerated=errno.EBUSY)
+
+
+def advise(hva: int, size: int, advice: int, what: str, *, tolerated: int = 0) -> None:
     """madvise(2); ``what`` names the advice in the error."""
     if _libc.madvise(hva, size, advice) == 0:
         return
-    errno = ctypes.get_errno()
+    error = ctypes.get_errno()
+    if error == tolerated:
+        return
     raise CapabilityMissing(
-        f"madvise({what}) of {size:#x} bytes failed: {os.strerror(errno)}; "
+        f"madvise({what}) of {size:#x} bytes failed: {os.strerror(error)}; "
         "this kernel lacks it, or memory is short: use another backing or less memory"
     )

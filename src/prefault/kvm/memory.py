@@ -11,6 +11,8 @@ import contextlib
 import ctypes
 import mmap
 import os
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from prefault.errors import CapabilityMissing, UsageError
@@ -28,7 +30,6 @@ _ADVICE = {
     Advice.COLLAPSE: mapping.MADV_COLLAPSE,
     Advice.HUGEPAGE: mapping.MADV_HUGEPAGE,
     Advice.NOHUGEPAGE: mapping.MADV_NOHUGEPAGE,
-    Advice.HWPOISON: mapping.MADV_HWPOISON,
     Advice.MERGEABLE: mapping.MADV_MERGEABLE,
 }
 _PROTECTION = {Access.NONE: 0, Access.READ: mmap.PROT_READ, Access.WRITE: mmap.PROT_READ | mmap.PROT_WRITE}
@@ -60,8 +61,16 @@ class Memory:
         ctypes.memmove(self.hva + offset, data, len(data))
 
     def advise(self, offset: int, size: int, advice: Advice) -> None:
-        """madvise(2)."""
-        mapping.advise(self.hva + offset, size, _ADVICE[advice], f"MADV_{advice.name}")
+        """madvise(2).
+
+        The host tells whoever has a page mapped that it is broken now: SIGBUS, to us, which is no
+        news. Call from the main thread, the only one that can put a handler in its way.
+        """
+        if advice is not Advice.HWPOISON:
+            mapping.advise(self.hva + offset, size, _ADVICE[advice], f"MADV_{advice.name}")
+            return
+        with _without_sigbus():
+            mapping.poison(self.hva + offset, size)
 
     def protect(self, offset: int, size: int, access: Access) -> None:
         """mprotect(2)."""
@@ -83,6 +92,15 @@ class Memory:
         self.guest_memfd = -1
         if self._reservation:
             self._reservation.close()
+
+
+@contextlib.contextmanager
+def _without_sigbus() -> Iterator[None]:
+    before = signal.signal(signal.SIGBUS, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGBUS, before)
 
 
 def _without(piece: tuple[int, int], hole: tuple[int, int]) -> list[tuple[int, int]]:

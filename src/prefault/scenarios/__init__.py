@@ -1,2 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold, and what is measured, as short programs over ``prefault.machine``."""
+"""What must hold, as short programs over machine.py. Importing this lists all of them."""
+
+from prefault.scenarios import memory, nested, ordinary, refusals
+from prefault.scenarios.scenario import SCENARIOS, Outcome, Scenario, Stage, perform
+
+__all__ = [
+    "SCENARIOS",
+    "Outcome",
+    "Scenario",
+    "Stage",
+    "memory",
+    "nested",
+    "ordinary",
+    "perform",
+    "refusals",
+]

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-faulting by a vCPU of an ordinary guest: what it maps, how it progresses, what it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from prefault.abi.constants import EHWPOISON
+from prefault.guest.program import DeviceRead, DeviceWrite, Marker, Read, Report, Walk
+from prefault.machine import Advice, Backing, MemoryRegion, Resident, VcpuConfig
+from prefault.scenarios.scenario import DATA, DEVICE, Stage, scenario, scenarios
+
+PAGES = 64
+SMALL = (Backing.PRIVATE, Backing.SHARED, Backing.FILE_PRIVATE, Backing.FILE_SHARED, Backing.GUEST_MEMFD)
+
+
+@scenarios("M1", cases=[(backing,) for backing in SMALL])
+def prefaulted_memory_costs_the_guest_no_fault(stage: Stage, backing: Backing) -> None:
+    vm = stage.vm(stage.data(PAGES, backing))
+    vcpu = stage.vcpu(vm, Marker(0), Walk(DATA, PAGES * stage.page, stage.page), Report())
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.leaves(vm)
+    counts = stage.faults(vm, vcpu)
+    stage.holds(counts.total == 0, f"{counts.total} stage-2 faults on {PAGES} pre-faulted pages")
+
+
+@scenarios("M1", cases=[(backing,) for backing in SMALL])
+def what_is_not_prefaulted_still_faults(stage: Stage, backing: Backing) -> None:
+    vm = stage.vm(stage.data(PAGES, backing))
+    vcpu = stage.vcpu(vm, Marker(0), Walk(DATA, PAGES * stage.page, stage.page), Report())
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, PAGES // 2 * stage.page)
+    counts = stage.faults(vm, vcpu)
+    stage.holds(counts.total == PAGES // 2, f"{counts.total} stage-2 faults, not one for each page left out")
+
+
+@scenario("M1", "M6")
+def guest_reads_what_the_host_wrote_before_and_after(stage: Stage) -> None:
+    vm = stage.vm(stage.data(2))
+    vm.write_memory(DATA, (0x1122).to_bytes(8, "little"))
+    vcpu = stage.vcpu(vm, Read(DATA), Report(), Read(DATA + stage.page), Report())
+    stage.pre_fault(vcpu, DATA, 2 * stage.page)
+    vm.write_memory(DATA + stage.page, (0x3344).to_bytes(8, "little"))
+    stage.holds(stage.finish(vcpu) == [0x1122, 0x3344], "guest and host do not share one memory")
+
+
+@scenario("M15")
+def new_leaves_have_the_access_flag(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    stage.pre_fault(stage.vcpu(vm, Marker(0)), DATA, PAGES * stage.page)
+    stage.holds(all(leaf.accessed for leaf in stage.leaves(vm)), "a pre-faulted leaf is not young")
+
+
+@scenario("M2", "M9")
+def progress_inside_a_block_is_cut_to_the_range(stage: Stage) -> None:
+    vm = stage.vm(stage.data(2 * stage.block // stage.page, Backing.THP))
+    vcpu = stage.vcpu(vm, Marker(0))
+    start, size = DATA + 3 * stage.page, 2 * stage.page
+    progress = stage.pre_fault_once(vcpu, start, size)
+    stage.holds((progress.gpa, progress.size) == (start + size, 0), f"a part of a block gave {progress}")
+    leaves = stage.leaves(vm)
+    stage.holds(leaves[0].block and leaves[0].size == stage.block, "not one whole block was mapped")
+    start = DATA + stage.block - stage.page
+    progress = stage.pre_fault_once(vcpu, start, 3 * stage.page)
+    stage.holds((progress.gpa, progress.size) == (start + 3 * stage.page, 0), f"two blocks gave {progress}")
+
+
+@scenario("M2", "M10")
+def range_beyond_the_slot_stops_at_its_end(stage: Stage) -> None:
+    vm = stage.vm(stage.data(5))
+    vcpu = stage.vcpu(vm, Marker(0))
+    end = DATA + 5 * stage.page
+    first = stage.pre_fault_once(vcpu, DATA + 2 * stage.page, 7 * stage.page)
+    stage.holds((first.errno, first.gpa, first.size) == (0, end, 4 * stage.page), f"not cut: {first}")
+    second = stage.pre_fault_once(vcpu, first.gpa, first.size)
+    stage.holds((second.gpa, second.size) == (end, 4 * stage.page), f"an error changed the range: {second}")
+    stage.leaves(vm)
+
+
+@scenario("M2")
+def range_goes_on_in_the_next_slot(stage: Stage) -> None:
+    second = MemoryRegion(2, DATA + 3 * stage.page, 3 * stage.page, Backing.SHARED, Resident.WRITE)
+    vm = stage.vm(stage.data(3), second)
+    progress = stage.pre_fault_once(stage.vcpu(vm, Marker(0)), DATA, 6 * stage.page)
+    stage.holds(progress.size == 0, f"adjacent slots are one range to user space: {progress}")
+    stage.leaves(vm)
+
+
+@scenario("M5")
+def mapped_memory_is_left_as_it_is(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    vcpu = stage.vcpu(vm, Walk(DATA, PAGES // 2 * stage.page, stage.page, 1000), Marker(0))
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    before = stage.leaves(vm)
+    progress = stage.pre_fault_once(vcpu, DATA, PAGES * stage.page)
+    stage.holds((progress.errno, progress.size) == (0, 0), f"mapped memory gave {progress}")
+    stage.holds(before == stage.leaves(vm), "pre-faulting mapped memory changed its leaves")
+
+
+@scenario("M3")
+def vcpu_that_never_ran_can_prefault(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    vcpu = vm.create_vcpu()
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.leaves(vm)
+    stage.load(vm, vcpu, Read(DATA), Report())
+    stage.finish(vcpu)
+
+
+def _device_reads() -> list[tuple[object, ...]]:
+    wide = [(width, False, 64) for width in (1, 2, 4, 8)]
+    narrow = [(width, False, 32) for width in (1, 2, 4)]
+    signed = [(width, True, bits) for width in (1, 2, 4) for bits in (32, 64) if width * 8 < bits]
+    return [*wide, *narrow, *signed]
+
+
+def delivered(value: int, width: int, signed: bool, bits: int) -> int:
+    """What the X register holds after a device read of ``width`` bytes gave ``value``."""
+    number = int.from_bytes(value.to_bytes(8, "little")[:width], "little", signed=signed)
+    return number & (1 << bits) - 1
+
+
+@scenarios("M3", cases=_device_reads())
+def pending_device_read_survives(stage: Stage, width: int, signed: bool, bits: int) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    vcpu = stage.vcpu(vm, DeviceRead(DEVICE, width, signed, bits), Report())
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    value = 0xF1E2_D3C4_B5A6_9788
+    vcpu.complete_mmio(value)
+    expected = delivered(value, width, signed, bits)
+    stage.holds(stage.finish(vcpu) == [expected], f"the read did not deliver {expected:#x}")
+
+
+@scenarios("M3", "M10", cases=[(width,) for width in (1, 2, 4, 8)])
+def pending_device_read_survives_a_failed_prefault(stage: Stage, width: int) -> None:
+    vm = stage.vm(stage.data(PAGES, Backing.GUEST_MEMFD))
+    vm.advise(DATA, stage.page, Advice.HWPOISON)
+    vcpu = stage.vcpu(vm, DeviceRead(DEVICE, width), Report())
+    stage.proceed(vcpu)
+    value = 0x8877_6655_4433_2211
+    # The value waits in kvm_run, where a memory fault exit would have its fields.
+    vcpu.complete_mmio(value)
+    progress = stage.pre_fault_once(vcpu, DATA, stage.page)
+    stage.holds(progress.errno == EHWPOISON, f"a poisoned page gave {progress}")
+    expected = delivered(value, width, False, 64)
+    stage.holds(stage.finish(vcpu) == [expected], f"the read did not deliver {expected:#x}")
+
+
+@scenario("M3")
+def pending_device_write_is_not_repeated(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    vcpu = stage.vcpu(vm, DeviceWrite(DEVICE, 7), DeviceWrite(DEVICE, 8), Marker(0))
+    for _ in range(3):
+        stage.proceed(vcpu)
+        stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+
+
+REGISTERS = (
+    *(f"x{number}" for number in range(31)),
+    *("sp", "pc", "pstate", "sp_el1", "elr_el1", "spsr_el1", "esr_el1", "far_el1", "vbar_el1", "sctlr_el1"),
+)
+
+
+@scenario("M3")
+def registers_do_not_change(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    vcpu = stage.vcpu(vm, Read(DATA), DeviceRead(DEVICE, 2, True), Report())
+    stage.proceed(vcpu)
+    before = [vcpu.get_register(name) for name in REGISTERS]
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    after = [vcpu.get_register(name) for name in REGISTERS]
+    changed = [name for name, old, new in zip(REGISTERS, before, after, strict=True) if old != new]
+    stage.holds(not changed, f"pre-faulting changed {', '.join(changed)}")
+
+
+@scenario("M3", "M12")
+def two_vcpus_prefault_one_range(stage: Stage) -> None:
+    vm = stage.vm(stage.data(16 * PAGES))
+    vcpus = [vm.create_vcpu(VcpuConfig()) for _ in range(2)]
+    size = 16 * PAGES * stage.page
+    _together(*(partial(vcpu.pre_fault_memory, DATA, size) for vcpu in vcpus))
+    leaves = stage.leaves(vm)
+    stage.holds(sum(leaf.size for leaf in leaves) == size, "a page was left out")
+
+
+@scenario("M3", "M12")
+def one_vcpu_prefaults_what_another_walks(stage: Stage) -> None:
+    size = 16 * PAGES * stage.page
+    vm = stage.vm(stage.data(16 * PAGES))
+    walker = stage.vcpu(vm, Walk(DATA, size, stage.page, 500), Report())
+    other = vm.create_vcpu()
+    _together(partial(other.pre_fault_memory, DATA, size), partial(stage.finish, walker))
+    stage.leaves(vm)
+
+
+def _together(*tasks: Callable[[], object]) -> None:
+    """Do all tasks at once, each in a thread."""
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        for running in [pool.submit(task) for task in tasks]:
+            running.result()
