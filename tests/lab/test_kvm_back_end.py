@@ -15,7 +15,7 @@ from prefault.lab.machine import MachineOptions
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "tests.lab.inside"
-MODULES = ("checks_kvm", "checks_nested", "checks_prefault")
+MODULES = ("checks_kvm", "checks_nested", "checks_prefault", "checks_walk")
 RUN = b"import runpy, sys\nrunpy.run_module(sys.argv[1], run_name='__main__')\n"
 HUGE_PAGES = ("hugepagesz=32M", "hugepages=2", "hugepagesz=1G", "hugepages=1")
 

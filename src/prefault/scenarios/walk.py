@@ -36,6 +36,7 @@ from prefault.machine import (
     FILE_CONTENTS,
     Backing,
     FaultCounts,
+    Interrupted,
     Kvm,
     Leaf,
     MemoryRegion,
@@ -256,6 +257,8 @@ class _Walker:
             self._exits[index] += 1
             if event == port.AtMarker(marker):
                 return
+            if isinstance(event, Interrupted):
+                continue  # A signal that was not meant for the guest; Python has handled it by now.
             if not isinstance(event, port.Reported):
                 raise Mismatch(
                     f"vCPU {index} should be on its way to marker {marker}, but ended with {event}"
