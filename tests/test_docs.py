@@ -43,7 +43,7 @@ def test_every_relative_link_resolves(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{link}: no such heading"
 
 
-@pytest.mark.parametrize(("name", "command"), commands(root), ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "command"), list(commands(root)), ids=lambda value: str(value))
 def test_every_subcommand_and_option_is_documented(name: str, command: click.Command) -> None:
     page = (TOP / "docs/cli.md").read_text()
     sections = re.split(r"^##+ ", page, flags=re.MULTILINE)
@@ -54,7 +54,7 @@ def test_every_subcommand_and_option_is_documented(name: str, command: click.Com
             assert option.opts[0] in section, f"docs/cli.md, {name}: {option.opts[0]} is missing"
 
 
-@pytest.mark.parametrize(("name", "command"), commands(root), ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "command"), list(commands(root)), ids=lambda value: str(value))
 def test_every_subcommand_has_a_help_text(name: str, command: click.Command) -> None:
     assert command.help
     for option in command.params:
