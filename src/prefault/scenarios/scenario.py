@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from prefault.errors import Mismatch, Missing
+from prefault.abi.constants import KVM_CAP_PRE_FAULT_MEMORY
+from prefault.errors import CapabilityMissing, Mismatch, Missing
 from prefault.guest import port
 from prefault.guest.compile import compile_program
 from prefault.guest.program import PORT_SIZE, Program, Step
@@ -218,12 +219,23 @@ def _list(one: Scenario) -> None:
     SCENARIOS[one.name] = one
 
 
+def _need_capability(kvm: Kvm) -> None:
+    """Only M11 has something to say about a KVM that does not claim to pre-fault."""
+    if not kvm.check_extension(KVM_CAP_PRE_FAULT_MEMORY):
+        raise CapabilityMissing(
+            "this KVM does not report KVM_CAP_PRE_FAULT_MEMORY (236); boot a kernel with the series, and "
+            "not in protected mode"
+        )
+
+
 def perform(kvm: Kvm, one: Scenario) -> Outcome:
     """Play a scenario; what a back end lacks makes it skipped, anything else that is wrong failed."""
     start = time.monotonic()
     outcome, text = "passed", ""
     with Stage(kvm) as stage:
         try:
+            if "M11" not in one.requirements:
+                _need_capability(kvm)
             one.play(stage)
         except Missing as error:
             outcome, text = "skipped", str(error)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every scenario on the lab's kernel, all in one boot for each mode of KVM, each shown as a test."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+
+from prefault.lab.job import Job, run_job
+from prefault.lab.machine import MachineOptions
+from prefault.scenarios import SCENARIOS
+
+HONEST = "capability_is_reported_where_it_works"
+NESTED = {name for name, one in SCENARIOS.items() if "M4" in one.requirements or name.startswith("nested")}
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
+
+
+@functools.cache
+def _outcomes(mode: str) -> dict[str, tuple[str, str]]:
+    """What came of each scenario: (outcome, text)."""
+    job = Job(("python3", "-m", "prefault.scenarios"), timeout=300)
+    result = run_job(job, MachineOptions(mode=mode, append=("hugepages=4",)))
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    found = {str(line["name"]): (str(line["outcome"]), str(line["text"])) for line in lines}
+    assert found, f"nothing was reported: {result.stderr.decode()}"
+    return found
+
+
+def _came_of(name: str, mode: str) -> tuple[str, str]:
+    return _outcomes(mode).get(name, ("failed", "it was not reported: the run ended before"))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario_holds(name: str) -> None:
+    assert _came_of(name, "nested") == ("passed", "")
+
+
+@pytest.mark.parametrize("name", sorted(set(SCENARIOS) - NESTED - {"uninitialised_vcpu_is_enoexec[True]"}))
+def test_scenario_holds_without_vhe(name: str) -> None:
+    assert _came_of(name, "nvhe") == ("passed", "")
+
+
+def test_protected_mode_is_honest_about_the_capability() -> None:
+    assert _came_of(HONEST, "protected") == ("passed", "")
