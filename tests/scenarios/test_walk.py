@@ -61,7 +61,10 @@ def test_what_is_no_walk_is_refused(values: dict[str, object]) -> None:
         WalkConfig.from_json(values)
 
 
-@pytest.mark.parametrize("argv", [[], ["--json"], ["--text", "{}"], ["--json", '{"backing": "paper"}']])
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["--json"], ["--text", "{}"], ["--json", '{"backing": "paper"}'], ["--json", "{"], ["--json", "[]"]],
+)
 def test_the_module_says_its_errors_as_json(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == ExitCode.USAGE
     error = json.loads(capsys.readouterr().out)["error"]

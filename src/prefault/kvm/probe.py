@@ -198,7 +198,9 @@ def _missing(found: Facts) -> list[str]:
             f"this host is {found.machine}: arm64 guests run in the lab (prefault run --machine lab)"
         )
     if not any(kind.pre_fault_memory for kind in found.vm_kinds):
-        missing.append("no VM reports KVM_CAP_PRE_FAULT_MEMORY: boot a kernel with the series")
+        missing.append(
+            "no VM reports KVM_CAP_PRE_FAULT_MEMORY: boot a kernel with the series, not in protected mode"
+        )
     if found.guests and not found.nested:
         missing.append("no nested guests: boot with kvm-arm.mode=nested on a machine with FEAT_NV2")
     if found.guests and not found.stage2_tables:

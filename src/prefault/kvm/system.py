@@ -62,15 +62,14 @@ class Kvm(Descriptor):
             raise
 
     def _create_vm(self, config: VmConfig) -> int:
+        limit = self.check_extension(constants.KVM_CAP_ARM_VM_IPA_SIZE)
+        if config.ipa_bits > limit:
+            # Not left to the kernel: in protected mode it takes any number.
+            raise UsageError(f"an IPA space of {config.ipa_bits} bits is more than this host's {limit}")
         kind = config.ipa_bits | (constants.KVM_VM_TYPE_ARM_PROTECTED if config.protected else 0)
         try:
             return self.create_vm_descriptor(kind)
         except KvmError as error:
-            limit = self.check_extension(constants.KVM_CAP_ARM_VM_IPA_SIZE)
-            if config.ipa_bits > limit:
-                raise UsageError(
-                    f"an IPA space of {config.ipa_bits} bits is more than this host's {limit}"
-                ) from error
             if config.protected and error.errno == errno.EINVAL:
                 raise CapabilityMissing(
                     "this host makes no protected VMs; boot it with kvm-arm.mode=protected"

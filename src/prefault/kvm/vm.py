@@ -137,6 +137,8 @@ class Vm(Descriptor):
                 "KVM_CAP_ARM_EL2 is 0: vCPUs cannot have EL2 here; nested guests need a host with "
                 "FEAT_NV2 that was booted with kvm-arm.mode=nested"
             )
+        if config.el2 and not self._gic:
+            raise UsageError("vCPUs with EL2 need an in-kernel GIC; create the VM with VmConfig(gic=True)")
         hint = "vCPUs must be created before the first one runs" if self._gic else ""
         fd = self.ioctl("KVM_CREATE_VCPU", len(self._vcpus), hint=hint)
         vcpu = Vcpu(fd, self._vcpu_mmap_size, config, self._before_run, self._can_pre_fault)

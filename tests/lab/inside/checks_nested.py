@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 
-from prefault.errors import GuestFailed
+from prefault.errors import GuestFailed, UsageError
 from prefault.guest import port
 from prefault.guest.program import (
     PORT,
@@ -19,9 +19,9 @@ from prefault.guest.program import (
     Walk,
     Write,
 )
-from prefault.machine import Leaf, MmioExit, Resident, VcpuConfig
+from prefault.machine import Leaf, MmioExit, Resident, VcpuConfig, VmConfig
 from tests.lab.inside.checks import Checks, main
-from tests.lab.inside.guests import DATA, DEVICE, MIB, PAGE, finish, make_vm, restart, start, until_exit
+from tests.lab.inside.guests import DATA, DEVICE, MIB, PAGE, finish, kvm, make_vm, restart, start, until_exit
 
 checks = Checks()
 VHE = VcpuConfig(el2=True)
@@ -151,6 +151,17 @@ def an_l1_can_be_given_another_program() -> None:
         assert until_exit(vcpu) == port.AtMarker(1)
         restart(vm, vcpu, EnterL2((Write(L2_DATA, VALUE),), (mapped(),)), Read(DATA), Report())
         assert finish(vcpu) == [VALUE]
+
+
+@checks
+def el2_without_a_gic_is_refused() -> None:
+    with kvm().create_vm(VmConfig(gic=False)) as vm:
+        try:
+            vm.create_vcpu(VHE)
+        except UsageError as error:
+            assert "gic=True" in str(error), error
+            return
+        raise AssertionError("accepted")
 
 
 if __name__ == "__main__":
