@@ -30,6 +30,7 @@ from prefault.machine import (
     Backing,
     Failed,
     Interrupted,
+    MemoryFault,
     MemoryRegion,
     MmioExit,
     Resident,
@@ -340,6 +341,16 @@ def an_uninitialised_vcpu_does_not_run() -> None:
     with make_vm(0) as vm:
         vcpu = vm.create_vcpu(VcpuConfig(initialised=False))
         assert vcpu.run() == Failed(errno.ENOEXEC)
+
+
+@checks
+def a_guest_without_host_memory_ends_with_efault() -> None:
+    with make_vm() as vm:
+        vcpu = start(vm, Read(DATA + PAGE))
+        vm.unmap(DATA, MIB)
+        exit_ = until_exit(vcpu)
+        assert isinstance(exit_, Failed | MemoryFault) and exit_.errno == errno.EFAULT, exit_
+        assert not isinstance(exit_, MemoryFault) or exit_.gpa == DATA + PAGE, exit_
 
 
 @checks

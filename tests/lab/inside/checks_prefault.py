@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from prefault.errors import KvmError
 from prefault.guest import port
 from prefault.guest.program import DeviceRead, Marker, Report, Walk
 from prefault.machine import Backing, MmioExit, PreFaultProgress, Resident, VcpuConfig
 from tests.lab.inside.checks import Checks, main
-from tests.lab.inside.guests import DATA, DEVICE, LOG, MIB, PAGE, READONLY, make_vm, start, until_exit
+from tests.lab.inside.guests import DATA, DEVICE, LOG, MIB, PAGE, READONLY, finish, make_vm, start, until_exit
 
 checks = Checks()
 SIZE = 4 * MIB
@@ -94,6 +97,36 @@ def an_uninitialised_vcpu_says_enoexec() -> None:
     with make_vm(SIZE) as vm:
         vcpu = vm.create_vcpu(VcpuConfig(initialised=False))
         assert vcpu.pre_fault_memory_once(DATA, SIZE).errno == errno.ENOEXEC
+
+
+def _in_threads(*tasks: Callable[[], object]) -> None:
+    """Do tasks at once; the first error, if there is one."""
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        for future in [pool.submit(task) for task in tasks]:
+            future.result()
+
+
+@checks
+def two_vcpus_pre_fault_one_range_at_once() -> None:
+    with make_vm(SIZE, resident=Resident.WRITE) as vm:
+        vcpus = [vm.create_vcpu() for _ in range(2)]
+        _in_threads(*(partial(vcpu.pre_fault_memory, DATA, SIZE) for vcpu in vcpus))
+        assert [(leaf.ipa, leaf.size) for leaf in vm.stage2()] == [(DATA, SIZE)]
+
+
+@checks
+def memory_is_pre_faulted_while_another_vcpu_walks_it() -> None:
+    with make_vm(SIZE, resident=Resident.WRITE) as vm:
+        helper = vm.create_vcpu()
+        walk = Walk(DATA, SIZE, 64, 500)
+        vcpu = start(vm, walk, Report())
+        values: list[int] = []
+        _in_threads(lambda: values.extend(finish(vcpu)), lambda: helper.pre_fault_memory(DATA, SIZE))
+        assert values == [0]
+        words = memoryview(vm.read_memory(DATA, SIZE)).cast("Q")[::8].tolist()
+        addresses = range(DATA, DATA + SIZE, 64)
+        assert all(not found or found == gpa for gpa, found in zip(addresses, words, strict=True))
+        assert sum(map(bool, words)) == len(words) // 2
 
 
 if __name__ == "__main__":
