@@ -111,6 +111,21 @@ def vcpu_that_never_ran_can_prefault(stage: Stage) -> None:
     stage.finish(vcpu)
 
 
+@scenarios("M3", cases=[(False,), (True,)])
+def vcpu_that_never_ran_can_prefault_beside_one_that_did(stage: Stage, el2: bool) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    config = VcpuConfig(el2=el2)
+    runs, waits = stage.vcpu(vm, Read(DATA), Report(), Marker(0), config=config), vm.create_vcpu(config)
+    stage.proceed(runs)
+    stage.pre_fault(waits, DATA, PAGES * stage.page)
+    stage.leaves(vm)
+    stage.finish(runs)
+    stage.load(vm, waits, Marker(0), Walk(DATA, PAGES * stage.page, stage.page), Report())
+    stage.proceed(waits)
+    counts = stage.faults(vm, waits)
+    stage.holds(counts.total == 0, f"{counts.total} stage-2 faults on {PAGES} pre-faulted pages")
+
+
 def _device_reads() -> list[tuple[object, ...]]:
     wide = [(width, False, 64) for width in (1, 2, 4, 8)]
     narrow = [(width, False, 32) for width in (1, 2, 4)]
