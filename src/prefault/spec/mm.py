@@ -1,0 +1,507 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of the VMM's process: VMAs, its page table, and what the host does to both.
+
+Only what KVM can see is here: which frame is behind an address, at which size, writable or not,
+and which changes are announced to MMU notifiers. Every change of a translation that is there goes
+``invalidate_start``, change, ``invalidate_end``; filling in what was not there needs no notice.
+
+Mirrors: mm/memory.c, mm/gup.c, mm/huge_memory.c, mm/hugetlb.c, mm/mmu_notifier.c
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from prefault.errors import EHWPOISON
+from prefault.spec.memory import PhysicalMemory
+from prefault.spec.steps import step
+
+WRITABLE = 1
+PFN_SHIFT = 1
+"""An entry of the host's page table is ``pfn << PFN_SHIFT | WRITABLE``."""
+
+_FAULT_AROUND = 64 << 10
+
+FaultHandler = Callable[[int, bool], bool]
+"""Called with an address and whether it is written, for userfaultfd memory; False is a signal."""
+
+
+class Notifier(Protocol):
+    """What is told of changes. Mirrors: struct mmu_notifier_ops"""
+
+    def invalidate_start(self, start: int, end: int) -> None:
+        """Translations of [start, end) are about to change."""
+
+    def invalidate_end(self, start: int, end: int) -> None:
+        """They have."""
+
+    def clear_young(self, start: int, end: int) -> bool:
+        """Forget accesses to [start, end); whether there were any."""
+
+
+@dataclass
+class File:
+    """A page cache: memfd, shmem, hugetlb or guest_memfd.
+
+    :ivar shift: size of its pages
+    :ivar pages: index in units of the file's page size → first frame
+    :ivar fault_around: a read fault also maps neighbours that are in the cache
+    """
+
+    size: int
+    shift: int
+    fault_around: bool = False
+    pages: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class Vma:
+    """A mapping. Mirrors: struct vm_area_struct
+
+    :ivar shared: MAP_SHARED; a private file mapping is copied on write
+    :ivar pfn: first frame of a VM_PFNMAP mapping, else 0
+    :ivar thp: MADV_HUGEPAGE
+    :ivar hugetlb: the file's pages are huge, of the size 1 << file.shift
+    :ivar missing: userfaultfd handler for pages that are not there
+    :ivar minor: userfaultfd handler for pages of the file that are not mapped
+    """
+
+    start: int
+    end: int
+    shared: bool = False
+    file: File | None = None
+    offset: int = 0
+    readable: bool = True
+    writable: bool = True
+    thp: bool = False
+    pfn: int = 0
+    missing: FaultHandler | None = None
+    minor: FaultHandler | None = None
+    hugetlb: bool = False
+
+
+class Mm:
+    """An address space. Mirrors: struct mm_struct
+
+    :ivar ptes: size of the entry, as a shift → number of the page in units of that → entry
+    """
+
+    def __init__(self, memory: PhysicalMemory) -> None:
+        self.memory = memory
+        self.page_shift = memory.page_shift
+        self.page_size = memory.page_size
+        self.pmd_shift = 2 * memory.page_shift - 3
+        self.vmas: list[Vma] = []
+        self.ptes: dict[int, dict[int, int]] = {self.page_shift: {}, self.pmd_shift: {}}
+        self.notifiers: list[Notifier] = []
+        self.pins: Counter[int] = Counter()
+        self.mapcount: Counter[int] = Counter()
+        """Of anonymous frames that more than one page table or address uses: fork, KSM."""
+        self._huge_zero = 0
+        self._next = 0x7F00_0000_0000
+
+    # VMAs.
+
+    def reserve(self, size: int, alignment: int) -> int:
+        """Address space that nothing else has."""
+        start = -(-self._next // alignment) * alignment
+        self._next = start + size + alignment
+        return start
+
+    def mmap(self, vma: Vma) -> Vma:
+        """mmap(2) with MAP_FIXED over nothing."""
+        self.vmas.append(vma)
+        if vma.file and vma.file.shift != self.page_shift:
+            self.ptes.setdefault(vma.file.shift, {})
+        return vma
+
+    def vma_lookup(self, hva: int) -> Vma | None:
+        """Mirrors: vma_lookup()"""
+        for vma in self.vmas:
+            if vma.start <= hva < vma.end:
+                return vma
+        return None
+
+    def vmas_in(self, start: int, end: int) -> list[Vma]:
+        """Mirrors: for_each_vma_range()"""
+        return sorted(
+            (one for one in self.vmas if one.start < end and start < one.end), key=lambda one: one.start
+        )
+
+    def _isolate(self, start: int, end: int) -> list[Vma]:
+        """The VMAs of [start, end), cut at its ends. Mirrors: split_vma()"""
+        for cut in (start, end):
+            vma = self.vma_lookup(cut)
+            if vma and vma.start < cut:
+                tail = dataclasses.replace(vma, start=cut, offset=vma.offset + cut - vma.start)
+                vma.end = cut
+                self.vmas.append(tail)
+                self._split_pmd(cut)
+        return self.vmas_in(start, end)
+
+    # The page table.
+
+    def lookup(self, hva: int) -> tuple[int, int] | None:
+        """The entry for an address and its size as a shift, or None."""
+        for shift, entries in self.ptes.items():
+            entry = entries.get(hva >> shift)
+            if entry is not None:
+                return entry, shift
+        return None
+
+    def pfn_of(self, hva: int, entry: int, shift: int) -> int:
+        """The frame of an address within an entry."""
+        return (entry >> PFN_SHIFT) + ((hva & ((1 << shift) - 1)) >> self.page_shift)
+
+    @contextlib.contextmanager
+    def _invalidation(self, start: int, end: int) -> Iterator[None]:
+        for one in self.notifiers:
+            one.invalidate_start(start, end)
+        step("mm.change")
+        yield
+        for one in self.notifiers:
+            one.invalidate_end(start, end)
+
+    def _zap(self, start: int, end: int) -> None:
+        """Drop all entries of [start, end), and anonymous frames with them."""
+        for shift, entries in self.ptes.items():
+            first, last = start >> shift, (end - 1 >> shift) + 1
+            numbers = (
+                range(first, last)
+                if last - first < len(entries)
+                else [n for n in entries if first <= n < last]
+            )
+            for number in numbers:
+                entry = entries.pop(number, None)
+                if entry is not None:
+                    self._put(number << shift, entry >> PFN_SHIFT, shift)
+
+    def _put(self, hva: int, pfn: int, shift: int) -> None:
+        """A frame is mapped once less; free it if it was anonymous and this was the last."""
+        vma = self.vma_lookup(hva)
+        if pfn in (self.memory.zero_pfn, self._huge_zero) or vma is None or vma.pfn:
+            return
+        if vma.file and vma.file.pages.get(self._index(vma, hva)) == pfn:
+            return
+        if self.mapcount[pfn] > 1:
+            self.mapcount[pfn] -= 1
+        else:
+            self.memory.free(pfn, 1 << shift - self.page_shift)
+
+    def _index(self, vma: Vma, hva: int) -> int:
+        assert vma.file
+        return (hva - vma.start + vma.offset) >> vma.file.shift
+
+    # Faults.
+
+    def fault(self, hva: int, *, write: bool) -> int:
+        """Make an address accessible; 0 or a negative errno. Mirrors: handle_mm_fault()"""
+        vma = self.vma_lookup(hva)
+        if vma is None or not vma.readable or (write and not vma.writable):
+            return -errno.EFAULT
+        found = self.lookup(hva)
+        if found is None:
+            ret = self._fault_missing(vma, hva, write)
+        else:
+            entry, shift = found
+            if write and not entry & WRITABLE:
+                self._write_protected(vma, hva, entry, shift)
+            ret = 0
+        found = self.lookup(hva)
+        if not ret and found and self.pfn_of(hva, *found) in self.memory.poisoned:
+            return -EHWPOISON
+        return ret
+
+    def _fault_missing(self, vma: Vma, hva: int, write: bool) -> int:
+        if vma.file:
+            return self._fault_file(vma, hva, vma.file, write)
+        if vma.missing:
+            step("uffd.wait")
+            return 0 if vma.missing(hva, write) else -errno.EINTR
+        if self._thp_fits(vma, hva):
+            number = hva >> self.pmd_shift
+            pfn = self._allocate_pmd() if write else self._huge_zero_pfn()
+            self.ptes[self.pmd_shift][number] = pfn << PFN_SHIFT | write
+            return 0
+        pfn = self.memory.allocate() if write else self.memory.zero_pfn
+        self.ptes[self.page_shift][hva >> self.page_shift] = pfn << PFN_SHIFT | write
+        return 0
+
+    def _fault_file(self, vma: Vma, hva: int, file: File, write: bool) -> int:
+        """Mirrors: do_read_fault(), do_cow_fault(), do_shared_fault(), hugetlb_no_page()"""
+        index = self._index(vma, hva)
+        handler = vma.minor if index in file.pages else vma.missing
+        if handler:
+            step("uffd.wait")
+            return 0 if handler(hva, write) else -errno.EINTR
+        pfn = self.page_cache(file, index)
+        if pfn is None:
+            return -errno.EFAULT
+        writable = vma.shared and vma.writable
+        if not write and file.fault_around and not handler and not vma.minor:
+            self._fault_around(vma, hva, file, writable)
+        if write and not vma.shared:
+            source, pfn, writable = pfn, self.memory.allocate(), True
+            self.memory.copy(source, pfn)
+        self.ptes[file.shift][hva >> file.shift] = pfn << PFN_SHIFT | writable
+        return 0
+
+    def _fault_around(self, vma: Vma, hva: int, file: File, writable: bool) -> None:
+        """Map what is in the page cache near an address. Mirrors: do_fault_around()"""
+        entries, shift = self.ptes[file.shift], file.shift
+        first = max(hva & -_FAULT_AROUND, vma.start) >> shift
+        last = min((hva & -_FAULT_AROUND) + _FAULT_AROUND, vma.end) >> shift
+        for number in range(first, last):
+            pfn = file.pages.get(self._index(vma, number << shift))
+            if pfn is not None and number not in entries and pfn not in self.memory.poisoned:
+                entries[number] = pfn << PFN_SHIFT | writable
+
+    def page_cache(self, file: File, index: int) -> int | None:
+        """The frame of a page of a file, made if it is not there; None beyond its end."""
+        if index << file.shift >= file.size:
+            return None
+        if index not in file.pages:
+            file.pages[index] = self.memory.allocate(file.shift - self.page_shift)
+        return file.pages[index]
+
+    def _thp_fits(self, vma: Vma, hva: int) -> bool:
+        """Mirrors: thp_vma_suitable_order(), pmd_none()"""
+        if not vma.thp:
+            return False
+        start = hva >> self.pmd_shift << self.pmd_shift
+        if start < vma.start or start + (1 << self.pmd_shift) > vma.end:
+            return False
+        first, pages = start >> self.page_shift, self.ptes[self.page_shift]
+        return not any(
+            page in pages for page in range(first, first + (1 << self.pmd_shift - self.page_shift))
+        )
+
+    def _allocate_pmd(self) -> int:
+        return self.memory.allocate(self.pmd_shift - self.page_shift)
+
+    def _huge_zero_pfn(self) -> int:
+        self._huge_zero = self._huge_zero or self._allocate_pmd()
+        return self._huge_zero
+
+    def _write_protected(self, vma: Vma, hva: int, entry: int, shift: int) -> None:
+        """Mirrors: do_wp_page(), do_huge_pmd_wp_page()"""
+        pfn = entry >> PFN_SHIFT
+        if vma.shared or self._exclusive(vma, hva, pfn):
+            self.ptes[shift][hva >> shift] |= WRITABLE
+            return
+        if shift == self.pmd_shift and pfn != self._huge_zero:
+            self._split_pmd(hva)
+            shift, pfn = self.page_shift, self.pfn_of(hva, entry, shift)
+        start = hva >> shift << shift
+        with self._invalidation(start, start + (1 << shift)):
+            new = self.memory.allocate(shift - self.page_shift)
+            self.memory.copy(pfn, new, 1 << shift - self.page_shift)
+            self._put(hva, pfn, shift)
+            self.ptes[shift][hva >> shift] = new << PFN_SHIFT | WRITABLE
+
+    def _exclusive(self, vma: Vma, hva: int, pfn: int) -> bool:
+        """Whether nobody else has an anonymous frame. Mirrors: PageAnonExclusive()"""
+        if pfn in (self.memory.zero_pfn, self._huge_zero) or self.mapcount[pfn] > 1:
+            return False
+        return not (vma.file and vma.file.pages.get(self._index(vma, hva)) == pfn)
+
+    def _split_pmd(self, hva: int) -> None:
+        """Map a THP by pages. Mirrors: split_huge_pmd()"""
+        shift = self.pmd_shift
+        number = hva >> shift
+        if number not in self.ptes[shift]:
+            return
+        vma = self.vma_lookup(hva)
+        if vma is not None and vma.file is not None:
+            return
+        with self._invalidation(number << shift, number + 1 << shift):
+            entry = self.ptes[shift].pop(number)
+            pfn, writable = entry >> PFN_SHIFT, entry & WRITABLE
+            first = number << shift - self.page_shift
+            count = 1 << shift - self.page_shift
+            zero, shared = pfn == self._huge_zero, self.mapcount.pop(pfn, 0)
+            for offset in range(count):
+                page = self.memory.zero_pfn if zero else pfn + offset
+                self.ptes[self.page_shift][first + offset] = page << PFN_SHIFT | writable
+                if shared > 1:
+                    self.mapcount[page] = shared
+
+    # GUP.
+
+    def get_user_page_fast_only(self, hva: int) -> int | None:
+        """The frame of a writable address, without faulting it in. Mirrors: get_user_page_fast_only()"""
+        found = self.lookup(hva)
+        if found is None or not found[0] & WRITABLE:
+            return None
+        vma = self.vma_lookup(hva)
+        pfn = self.pfn_of(hva, *found)
+        return None if vma is None or vma.pfn or pfn in self.memory.poisoned else self.pin(pfn)
+
+    def get_user_page(self, hva: int, *, write: bool) -> int:
+        """The frame of an address, faulted in if need be, or a negative errno.
+
+        Mirrors: get_user_pages_unlocked()
+        """
+        while True:
+            step("gup")
+            vma = self.vma_lookup(hva)
+            if vma is None or vma.pfn:
+                return -errno.EFAULT
+            found = self.lookup(hva)
+            if found is None or (write and not found[0] & WRITABLE) or not vma.readable:
+                ret = self.fault(hva, write=write)
+                if ret:
+                    return ret
+                continue
+            pfn = self.pfn_of(hva, *found)
+            return -EHWPOISON if pfn in self.memory.poisoned else self.pin(pfn)
+
+    def pin(self, pfn: int) -> int:
+        """Take a reference to a frame."""
+        self.pins[pfn] += 1
+        return pfn
+
+    def unpin(self, pfn: int) -> None:
+        """Drop it."""
+        step("page.release")
+        if self.pins[pfn] == 1:
+            del self.pins[pfn]
+        else:
+            self.pins[pfn] -= 1
+
+    def mapping_size(self, hva: int) -> int:
+        """Bytes that the entry for an address maps, 0 if there is none. Mirrors: get_user_mapping_size()"""
+        found = self.lookup(hva)
+        return 1 << found[1] if found else 0
+
+    # What user space asks for.
+
+    def populate(self, start: int, end: int, *, write: bool) -> int:
+        """MADV_POPULATE_READ, MADV_POPULATE_WRITE."""
+        hva = start
+        while hva < end:
+            found = self.lookup(hva)
+            if found is None or (write and not found[0] & WRITABLE):
+                ret = self.fault(hva, write=write)
+                if ret:
+                    return ret
+                found = self.lookup(hva)
+            size = 1 << found[1] if found else self.page_size
+            hva = (hva & -size) + size
+        return 0
+
+    def dontneed(self, start: int, end: int) -> None:
+        """MADV_DONTNEED: drop the pages of a mapping that stays."""
+        for hva in (start, end):
+            if hva & ((1 << self.pmd_shift) - 1):
+                self._split_pmd(hva)
+        with self._invalidation(start, end):
+            self._zap(start, end)
+
+    def munmap(self, start: int, end: int) -> None:
+        """munmap(2)."""
+        gone = self._isolate(start, end)
+        with self._invalidation(start, end):
+            self._zap(start, end)
+            self.vmas = [vma for vma in self.vmas if vma not in gone]
+
+    def mprotect(self, start: int, end: int, *, readable: bool, writable: bool) -> None:
+        """mprotect(2)."""
+        vmas = self._isolate(start, end)
+        with self._invalidation(start, end):
+            for vma in vmas:
+                vma.readable, vma.writable = readable, writable
+            for shift, entries in self.ptes.items():
+                for number in [n for n in entries if start <= n << shift < end]:
+                    self._protect(entries, number, shift, writable)
+
+    def _protect(self, entries: dict[int, int], number: int, shift: int, writable: bool) -> None:
+        """Mirrors: change_pte_range()"""
+        vma = self.vma_lookup(number << shift)
+        assert vma
+        if not writable:
+            entries[number] &= ~WRITABLE
+        elif not vma.shared and self._exclusive(vma, number << shift, entries[number] >> PFN_SHIFT):
+            entries[number] |= WRITABLE
+
+    def fork(self) -> Mm:
+        """A child with the same private pages; both copy on write from now on. Mirrors: copy_page_range()"""
+        child = Mm(self.memory)
+        child.vmas = [dataclasses.replace(vma) for vma in self.vmas]
+        child.mapcount = self.mapcount
+        for vma in self.vmas:
+            if not vma.shared and not vma.pfn:
+                with self._invalidation(vma.start, vma.end):
+                    self._share(child, vma)
+        return child
+
+    def _share(self, child: Mm, vma: Vma) -> None:
+        for shift, entries in self.ptes.items():
+            for number in [n for n in entries if vma.start <= n << shift < vma.end]:
+                entries[number] &= ~WRITABLE
+                pfn = entries[number] >> PFN_SHIFT
+                self.mapcount[pfn] = max(1, self.mapcount[pfn]) + 1
+                child.ptes.setdefault(shift, {})[number] = entries[number]
+
+    def exit(self) -> None:
+        """The process of a forked Mm ends."""
+        for vma in list(self.vmas):
+            self.munmap(vma.start, vma.end)
+
+    def ksm_merge(self, addresses: list[int]) -> None:
+        """KSM finds that the private pages at these addresses are the same.
+
+        Mirrors: try_to_merge_one_page()
+        """
+        entries = self.ptes[self.page_shift]
+        merged = self.memory.allocate()
+        self.memory.copy(entries[addresses[0] >> self.page_shift] >> PFN_SHIFT, merged)
+        for hva in addresses:
+            with self._invalidation(hva, hva + self.page_size):
+                old = entries[hva >> self.page_shift] >> PFN_SHIFT
+                self._put(hva, old, self.page_shift)
+                entries[hva >> self.page_shift] = merged << PFN_SHIFT
+                self.mapcount[merged] += 1
+        # KSM's own tree holds it, too: even the last user copies on write.
+        self.mapcount[merged] += 1
+
+    def poison(self, hva: int) -> None:
+        """MADV_HWPOISON: the page is taken out of the table, and faults on it say so."""
+        self.populate(hva, hva + self.page_size, write=False)
+        self._split_pmd(hva)
+        found = self.lookup(hva)
+        assert found
+        with self._invalidation(hva, hva + self.page_size):
+            self.memory.poisoned.add(self.pfn_of(hva, *found))
+
+    # Bytes, as the VMM itself reads and writes them.
+
+    def read(self, hva: int, size: int) -> bytes:
+        """Read memory, faulting it in."""
+        return b"".join(self.memory.read(pa, length) for pa, length in self._accesses(hva, size, write=False))
+
+    def write(self, hva: int, data: bytes) -> None:
+        """Write memory, faulting it in."""
+        done = 0
+        for pa, length in self._accesses(hva, len(data), write=True):
+            self.memory.write(pa, data[done : done + length])
+            done += length
+
+    def _accesses(self, hva: int, size: int, *, write: bool) -> Iterator[tuple[int, int]]:
+        end = hva + size
+        while hva < end:
+            found = self.lookup(hva)
+            if found is None or (write and not found[0] & WRITABLE):
+                ret = self.fault(hva, write=write)
+                if ret:
+                    raise OSError(-ret, f"no memory at hva {hva:#x}")
+                continue
+            length = min(end - hva, self.page_size - hva % self.page_size)
+            yield self.pfn_of(hva, *found) << self.page_shift | hva % self.page_size, length
+            hva += length

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a VM is to KVM, and what KVM knows of the host that it runs on.
+
+Source: struct kvm and struct kvm_arch (include/linux/kvm_host.h, arch/arm64/include/asm/kvm_host.h)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from prefault.spec.descriptors import Granule
+from prefault.spec.memory import PhysicalMemory, Table
+from prefault.spec.mm import File, Mm
+from prefault.spec.pgtable import PageTable
+from prefault.spec.steps import RwLock, Srcu
+
+INVALID = 1 << 16
+"""KVM_MEMSLOT_INVALID: the slot is being deleted or moved."""
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """The machine and its kernel.
+
+    :ivar page_size: 4, 16 or 64 KiB
+    :ivar ipa_limit: KVM_CAP_ARM_VM_IPA_SIZE; above 48 needs lpa2, or 64 KiB pages
+    :ivar dic: instruction caches need no maintenance, so that every page is mapped executable
+    :ivar nested: kvm-arm.mode=nested on a machine with FEAT_NV2
+    :ivar protected: kvm-arm.mode=protected
+    :ivar hugetlb: page sizes of hugetlb; the first is the default
+    """
+
+    page_size: int = 0x1000
+    ipa_limit: int = 48
+    lpa2: bool = False
+    fwb: bool = True
+    dic: bool = True
+    nested: bool = True
+    protected: bool = False
+    hugetlb: tuple[int, ...] = (2 << 20, 64 << 10, 32 << 20, 1 << 30)
+
+    @property
+    def granule(self) -> Granule:
+        """The shape of stage-2 tables."""
+        return Granule(self.page_size.bit_length() - 1, self.lpa2, self.fwb)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Bugs that can be switched on, to see that they are found."""
+
+    no_sequence_check: bool = False
+    """A fault maps what it found, whatever was invalidated since."""
+    no_mmu_lock: bool = False
+    """The mmu_lock keeps nobody out."""
+    no_srcu: bool = False
+    """A memslot is deleted without waiting for those who use it."""
+
+
+class Host:
+    """A host: its memory and the one process whose VMs these are."""
+
+    def __init__(self, config: HostConfig, faults: Faults) -> None:
+        self.config = config
+        self.faults = faults
+        self.memory = PhysicalMemory(config.granule.page_shift)
+        self.mm = Mm(self.memory)
+        self.signal_pending = False
+        self._sigbus = False
+
+    def send_sigbus(self) -> None:
+        """Mirrors: kvm_send_hwpoison_signal()"""
+        self._sigbus = True
+
+    def take_sigbus(self) -> bool:
+        """Whether a SIGBUS was sent since the last look."""
+        sent, self._sigbus = self._sigbus, False
+        return sent
+
+
+@dataclass(slots=True)
+class Slot:
+    """A memslot. Mirrors: struct kvm_memory_slot
+
+    :ivar base: first IPA
+    :ivar flags: KVM_MEM_* and INVALID
+    :ivar dirty: the dirty bitmap as one number, or None if nothing is logged
+    :ivar gmem: the guest_memfd, from its start
+    """
+
+    id: int
+    base: int
+    size: int
+    hva: int
+    flags: int
+    dirty: DirtyBitmap | None = None
+    gmem: File | None = None
+
+    def hva_of(self, ipa: int) -> int:
+        """Mirrors: __gfn_to_hva_memslot()"""
+        return self.hva + ipa - self.base
+
+
+class DirtyBitmap:
+    """One bit per page; copies of a memslot share it."""
+
+    def __init__(self) -> None:
+        self.pages: set[int] = set()
+
+
+class S2Mmu:
+    """A stage-2 MMU: the canonical one, or a shadow. Mirrors: struct kvm_s2_mmu
+
+    :ivar shadow: whether it is one for an L2
+    :ivar tlb_vttbr: of a shadow in use, L1's VTTBR_EL2; None if it is not in use
+    """
+
+    def __init__(self, memory: PhysicalMemory, granule: Granule, ia_bits: int, *, shadow: bool) -> None:
+        self.pgt = PageTable(memory, granule, ia_bits)
+        self.shadow = shadow
+        self.tlb_vttbr: int | None = None
+        self.tlb_vtcr = 0
+        self.nested_stage2_enabled = False
+        self.refcnt = 0
+        self.pending_unmap = False
+
+
+@dataclass
+class KvmState:
+    """A VM. Mirrors: struct kvm
+
+    :ivar slots: the active memslots, replaced as a whole
+    :ivar cache: tables taken from the memory caches; the spec never runs out of them
+    """
+
+    host: Host
+    mmu: S2Mmu
+    protected: bool = False
+    slots: tuple[Slot, ...] = ()
+    mmu_lock: RwLock = field(default_factory=lambda: RwLock("mmu_lock"))
+    srcu: Srcu = field(default_factory=lambda: Srcu("srcu"))
+    mmu_invalidate_seq: int = 0
+    mmu_invalidate_in_progress: int = 0
+    mn_active_invalidate_count: int = 0
+    nested_mmus: list[S2Mmu] = field(default_factory=list)
+    nested_mmus_next: int = 0
+
+    def __post_init__(self) -> None:
+        self.page_size = self.host.config.page_size
+        self.granule = self.host.config.granule
+        self.dic = self.host.config.dic
+        self.mmu_lock.broken = self.host.faults.no_mmu_lock
+
+    def slot_at(self, ipa: int) -> Slot | None:
+        """Mirrors: gfn_to_memslot()"""
+        for slot in self.slots:
+            if slot.base <= ipa < slot.base + slot.size:
+                return slot
+        return None
+
+    def allocate(self) -> Table:
+        """Mirrors: stage2_memcache_zalloc_page()"""
+        return self.host.memory.allocate_table()
+
+    def invalidate_retry(self, seq: int) -> bool:
+        """Whether what was found at ``seq`` may be stale. Mirrors: mmu_invalidate_retry()"""
+        if self.host.faults.no_sequence_check:
+            return False
+        return self.mmu_invalidate_in_progress > 0 or self.mmu_invalidate_seq != seq
