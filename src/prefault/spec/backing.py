@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory behind a memslot, mapped as the VMM on the real KVM maps it.
+
+The HVA has the same remainder as the gpa modulo the block size, plus ``MemoryRegion.hva_offset``.
+"""
+
+from __future__ import annotations
+
+from prefault.errors import UsageError
+from prefault.machine import FILE_CONTENTS, Backing, MemoryRegion, Resident
+from prefault.spec.mm import File, Vma
+from prefault.spec.state import Host
+
+_PRIVATE = (Backing.PRIVATE, Backing.THP, Backing.FILE_PRIVATE)
+
+
+def create(host: Host, region: MemoryRegion) -> Vma:
+    """Map what ``region`` asks for; ``hva_of`` says where the slot is in it."""
+    page_size = host.config.page_size
+    for name, value in (("gpa", region.gpa), ("size", region.size), ("hva_offset", region.hva_offset)):
+        if value % page_size:
+            raise UsageError(
+                f"slot {region.slot}: {name} {value:#x} is not a multiple of the page size {page_size:#x}"
+            )
+    huge = _huge_page_size(host, region)
+    alignment = max(huge, 1 << host.mm.pmd_shift)
+    lead = (region.gpa + region.hva_offset) % alignment
+    hva = host.mm.reserve(lead + region.size + huge, alignment) + lead
+    # hugetlb is mapped from page boundary to page boundary, whatever part of it the slot shows.
+    start = hva // huge * huge
+    end = -(-(hva + region.size) // huge) * huge
+    vma = Vma(start, end, shared=region.backing not in _PRIVATE, file=_file(host, region, end - start, huge))
+    vma.hugetlb = region.backing is Backing.HUGETLB
+    vma.thp = region.backing is Backing.THP
+    host.mm.mmap(vma)
+    if region.resident is not Resident.NOTHING:
+        host.mm.populate(hva, hva + region.size, write=region.resident is Resident.WRITE)
+    return vma
+
+
+def hva_of(host: Host, region: MemoryRegion, vma: Vma) -> int:
+    """Address of the slot in its mapping."""
+    huge = _huge_page_size(host, region)
+    return vma.start + (region.gpa + region.hva_offset) % huge
+
+
+def _huge_page_size(host: Host, region: MemoryRegion) -> int:
+    if region.backing is not Backing.HUGETLB:
+        return host.config.page_size
+    size = region.page_size or host.config.hugetlb[0]
+    if size not in host.config.hugetlb:
+        known = ", ".join(hex(one) for one in host.config.hugetlb)
+        raise UsageError(f"hugetlb page size {size:#x} does not exist on this host; there are: {known}")
+    return size
+
+
+def _file(host: Host, region: MemoryRegion, length: int, huge: int) -> File | None:
+    """Shared anonymous memory is a file, too: shmem."""
+    if region.backing in (Backing.PRIVATE, Backing.THP):
+        return None
+    cached = region.backing not in (Backing.HUGETLB, Backing.GUEST_MEMFD)
+    file = File(length, huge.bit_length() - 1, fault_around=cached)
+    if region.backing is Backing.FILE_PRIVATE:
+        contents = FILE_CONTENTS * (huge // len(FILE_CONTENTS))
+        for index in range(length // huge):
+            pfn = host.mm.page_cache(file, index)
+            assert pfn is not None
+            host.memory.frame(pfn)[:] = contents
+    return file

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vCPU of the spec: the run loop around the processor, and what a VMM can do with it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from threading import RLock
+
+from prefault.abi import arm64
+from prefault.errors import CapabilityMissing, KvmError, UsageError
+from prefault.guest.compile import FIRST_ARGUMENT
+from prefault.guest.program import MAX_ARGUMENTS, Program
+from prefault.machine import Exit, Failed, Interrupted, PreFaultProgress, VcpuConfig
+from prefault.spec import nested
+from prefault.spec.abort import AbortHandler, Trace
+from prefault.spec.cpu import EC_HVC, EC_SHIFT, EC_UNKNOWN, IL, Abort, Cpu, Eret, Hvc, Tlbi, Trap, Undefined
+from prefault.spec.prefault import kvm_vcpu_pre_fault_memory
+from prefault.spec.state import KvmState, S2Mmu
+
+_PSTATE_EL1H_MASKED = 0x3C5
+_PSTATE_EL2H_MASKED = 0x3C9
+_HCR_E2H = 1 << 34
+_NAME = "KVM_PRE_FAULT_MEMORY"
+
+
+class SpecVcpu:
+    """A vCPU descriptor.
+
+    :param lock: held while anything happens, so that threads may share a VM
+    :param can_pre_fault: whether the VM reports KVM_CAP_PRE_FAULT_MEMORY
+    """
+
+    def __init__(
+        self, kvm: KvmState, config: VcpuConfig, lock: RLock, trace: Trace, can_pre_fault: Callable[[], bool]
+    ) -> None:
+        self._kvm = kvm
+        self._config = config
+        self._lock = lock
+        self._can_pre_fault = can_pre_fault
+        self._open = True
+        self.cpu = Cpu(kvm.host.memory, kvm.mmu)
+        self.aborts = AbortHandler(kvm, self.cpu, trace)
+        if config.el2:
+            self.cpu.el = 2
+            self.cpu.system["hcr_el2"] = 0 if config.e2h0 else _HCR_E2H
+
+    def load(self, program: Program, arguments: Sequence[int] = ()) -> None:
+        """Point the vCPU at ``program``, which ``Vm.install`` has put into guest memory."""
+        if len(arguments) < program.argument_count or len(arguments) > MAX_ARGUMENTS:
+            raise UsageError(
+                f"the program uses {program.argument_count} of {MAX_ARGUMENTS} possible arguments, "
+                f"{len(arguments)} were given"
+            )
+        if program.nested and not self._config.el2:
+            raise UsageError("the program enters an L2; create its vCPU with VcpuConfig(el2=True)")
+        self._complete_exit()
+        for index, value in enumerate(arguments):
+            self.set_register(f"x{FIRST_ARGUMENT + index}", value)
+        self.set_register("pstate", _PSTATE_EL2H_MASKED if self._config.el2 else _PSTATE_EL1H_MASKED)
+        self.set_register("pc", program.base)
+
+    def _complete_exit(self) -> None:
+        pending, self.aborts.pending = self.aborts.pending, None
+        if pending:
+            pending.complete(self.cpu)
+
+    # KVM_RUN.
+
+    def run(self) -> Exit:
+        """KVM_RUN once. Mirrors: kvm_arch_vcpu_ioctl_run()"""
+        if not self._open:
+            raise KvmError("KVM_RUN", errno.EBADF)
+        if not self._config.initialised:
+            return Failed(errno.ENOEXEC)
+        with self._lock:
+            self._complete_exit()
+            self._load_mmu()
+            try:
+                return self._run()
+            finally:
+                nested.put_s2_mmu(self.cpu.mmu)
+
+    def _run(self) -> Exit:
+        while True:
+            if self._kvm.host.signal_pending:
+                return Interrupted()
+            nested.check_nested_vcpu_requests(self._kvm, self.cpu.mmu)
+            try:
+                self.cpu.execute()
+            except Abort as abort:
+                exit_ = self.aborts.kvm_handle_guest_abort(abort)
+                if exit_ is not None:
+                    return exit_
+            except Trap as trap:
+                self._emulate(trap)
+            self._switch_mmu()
+
+    @property
+    def in_nested_context(self) -> bool:
+        """Whether the vCPU runs an L2. Mirrors: is_nested_ctxt()"""
+        return self._config.el2 and self.cpu.el < 2
+
+    def _load_mmu(self) -> None:
+        """Mirrors: kvm_vcpu_load_hw_mmu()"""
+        self.cpu.mmu = self._wanted_mmu()
+
+    def _wanted_mmu(self) -> S2Mmu:
+        if not self.in_nested_context:
+            return self._kvm.mmu
+        system = self.cpu.system
+        registers = (system.get(name, 0) for name in ("vttbr_el2", "vtcr_el2", "hcr_el2"))
+        return nested.get_s2_mmu_nested(self._kvm, *registers)
+
+    def _switch_mmu(self) -> None:
+        """After an exception or its return between virtual EL2 and L2."""
+        if self.cpu.mmu.shadow != self.in_nested_context:
+            nested.put_s2_mmu(self.cpu.mmu)
+            self._load_mmu()
+
+    def _emulate(self, trap: Trap) -> None:
+        cpu = self.cpu
+        if isinstance(trap, Eret) and cpu.el == 2:
+            cpu.pstate, cpu.pc = cpu.system.get("spsr_el2", 0), cpu.system.get("elr_el2", 0)
+        elif isinstance(trap, Hvc) and self.in_nested_context:
+            cpu.take_exception(2, EC_HVC << EC_SHIFT | IL, 0, cpu.pc + 4)
+        elif isinstance(trap, Tlbi) and cpu.el == 2:
+            nested.handle_vmalls12e1(self._kvm, cpu.system.get("vttbr_el2", 0))
+            cpu.pc += 4
+        elif isinstance(trap, Eret | Hvc | Tlbi | Undefined):
+            cpu.take_exception(cpu.el, EC_UNKNOWN << EC_SHIFT | IL, 0, cpu.pc)
+        else:
+            raise trap
+
+    # The rest.
+
+    def complete_mmio(self, value: int) -> None:
+        """Give the pending MMIO read its value; the next ``run`` delivers it to the guest."""
+        pending = self.aborts.pending
+        if pending is None or pending.is_write:
+            raise UsageError("no MMIO read is pending; call complete_mmio after an MmioExit that reads")
+        pending.value = value & (1 << 8 * pending.width) - 1
+
+    def pre_fault_memory_once(self, gpa: int, size: int, flags: int = 0) -> PreFaultProgress:
+        """One KVM_PRE_FAULT_MEMORY call; never raises for what the kernel answers."""
+        with self._lock:
+            initialised = self._config.initialised
+            return PreFaultProgress(
+                *kvm_vcpu_pre_fault_memory(self._kvm, gpa, size, flags, initialised=initialised)
+            )
+
+    def pre_fault_memory(self, gpa: int, size: int) -> None:
+        """Pre-fault ``[gpa, gpa+size)``, calling again while the kernel reports progress.
+
+        :raises CapabilityMissing: this VM does not report KVM_CAP_PRE_FAULT_MEMORY
+        :raises KvmError: the ioctl failed; .gpa and .size are what was not done, .errno says why
+        """
+        if not self._can_pre_fault():
+            raise CapabilityMissing(
+                "this VM does not report KVM_CAP_PRE_FAULT_MEMORY (236): hosts in protected mode cannot "
+                "pre-fault; use HostConfig(protected=False)"
+            )
+        while size:
+            progress = self.pre_fault_memory_once(gpa, size)
+            if progress.errno and progress.errno != errno.EINTR:
+                raise KvmError(_NAME, progress.errno, gpa=progress.gpa, size=progress.size)
+            gpa, size = progress.gpa, progress.size
+
+    def get_register(self, name: str) -> int:
+        """A general register (x0…x30, sp, pc, pstate) or system register by architectural name."""
+        name = self._register("KVM_GET_ONE_REG", name)
+        if name in ("pc", "pstate"):
+            return int(getattr(self.cpu, name))
+        return self.cpu.x[int(name[1:])] if name[0] == "x" else self.cpu.system.get(name, 0)
+
+    def set_register(self, name: str, value: int) -> None:
+        """Set what ``get_register`` reads."""
+        name = self._register("KVM_SET_ONE_REG", name)
+        if name in ("pc", "pstate"):
+            setattr(self.cpu, name, value)
+        elif name[0] == "x":
+            self.cpu.x[int(name[1:])] = value
+        else:
+            self.cpu.system[name] = value
+
+    def _register(self, ioctl: str, name: str) -> str:
+        name = name.lower()
+        if arm64.register_id(name) is None:
+            raise UsageError(f"register {name!r} is unknown; prefault.abi.arm64 lists those that are known")
+        if not self._config.initialised:
+            raise KvmError(ioctl, errno.ENOEXEC, hint="the vCPU is not initialised")
+        if name.startswith(("id_", "midr")) or (name.endswith("el2") and not self._config.el2):
+            raise KvmError(ioctl, errno.ENOENT, hint=f"this vCPU has no register {name}")
+        return name
+
+    def close(self) -> None:
+        """Close the descriptor. Safe to call again."""
+        self._open = False

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VM of the spec: memslots and what is behind them, vCPUs, and the tables as leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from threading import RLock
+from types import TracebackType
+from typing import Self
+
+from prefault.abi import constants
+from prefault.errors import CapabilityMissing, KvmError, UsageError
+from prefault.guest.compile import compile_program
+from prefault.guest.program import EnterL2, L2Mapping, Program
+from prefault.machine import Backing, FaultCounts, Leaf, MemoryRegion, SlotFlags, VcpuConfig, VmConfig
+from prefault.spec import backing, memslots, nested
+from prefault.spec.cpu import EC_IABT, EC_SHIFT, WNR
+from prefault.spec.descriptors import AF, LAST_LEVEL, S2AP_R, S2AP_W, TABLE, XN, Prot, executable
+from prefault.spec.mm import Vma
+from prefault.spec.nested import FSC_PERM
+from prefault.spec.pgtable import PageTable
+from prefault.spec.state import Host, KvmState, S2Mmu, Slot
+from prefault.spec.unmap import KvmNotifier
+from prefault.spec.vcpu import SpecVcpu
+
+_DEFAULT_IPA_BITS = 40
+_HINT = "slots must not overlap, and must lie below the VM's IPA limit"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Region:
+    region: MemoryRegion
+    vma: Vma
+    hva: int
+
+    def covers(self, gpa: int, size: int = 1) -> bool:
+        return self.region.gpa <= gpa and gpa + size <= self.region.gpa + self.region.size
+
+
+class SpecVm:
+    """A VM descriptor."""
+
+    def __init__(self, host: Host, config: VmConfig, lock: RLock) -> None:
+        self._host = host
+        self._lock = lock
+        bits = config.ipa_bits or _DEFAULT_IPA_BITS
+        mmu = S2Mmu(host.memory, host.config.granule, bits, shadow=False)
+        self.kvm = KvmState(host, mmu, protected=config.protected)
+        self._notifier = KvmNotifier(self.kvm)
+        host.mm.notifiers.append(self._notifier)
+        self._regions: dict[int, _Region] = {}
+        self._mapped: list[Vma] = []
+        self._vcpus: list[SpecVcpu] = []
+        self._l2_mappings: list[L2Mapping] = []
+        self._counts: FaultCounts | None = None
+        self._open = True
+
+    # Memslots.
+
+    def set_user_memory_region(self, region: MemoryRegion) -> None:
+        """Create, change or (size 0) delete a memslot. Its mapping outlives it."""
+        with self._lock:
+            old = self._regions.get(region.slot)
+            if not region.size:
+                self._set_region(region, 0, None)
+                self._regions.pop(region.slot, None)
+                return
+            if old and (old.region.size, old.region.backing) == (region.size, region.backing):
+                self._set_region(region, old.hva, old.vma)
+                self._regions[region.slot] = dataclasses.replace(old, region=region)
+                return
+            vma = backing.create(self._host, region)
+            hva = backing.hva_of(self._host, region, vma)
+            try:
+                self._set_region(region, hva, vma)
+            except KvmError:
+                self._host.mm.munmap(vma.start, vma.end)
+                raise
+            self._mapped.append(vma)
+            self._regions[region.slot] = _Region(region, vma, hva)
+
+    def _set_region(self, region: MemoryRegion, hva: int, vma: Vma | None) -> None:
+        flags, name = int(region.flags), "KVM_SET_USER_MEMORY_REGION"
+        new = Slot(region.slot, region.gpa, region.size, hva, flags)
+        if vma and region.backing is Backing.GUEST_MEMFD:
+            new.flags |= constants.KVM_MEM_GUEST_MEMFD
+            new.gmem = vma.file
+            name += "2"
+        error = memslots.kvm_set_memory_region(self.kvm, new)
+        if error:
+            raise KvmError(name, -error, gpa=region.gpa, size=region.size, hint=_HINT)
+
+    def get_dirty_log(self, slot: int) -> list[int]:
+        """Page numbers, relative to the slot, written since the last call."""
+        with self._lock:
+            if slot not in self._regions or not self._regions[slot].region.flags & SlotFlags.LOG_DIRTY_PAGES:
+                raise UsageError(f"slot {slot} has no dirty log; set it with SlotFlags.LOG_DIRTY_PAGES")
+            found = next(one for one in self.kvm.slots if one.id == slot)
+            return memslots.kvm_get_dirty_log_protect(self.kvm, found)
+
+    # vCPUs and programs.
+
+    def check_extension(self, capability: int) -> int:
+        """KVM_CHECK_EXTENSION on this VM."""
+        return check_extension(self._host, capability)
+
+    def create_vcpu(self, config: VcpuConfig = VcpuConfig()) -> SpecVcpu:  # noqa: B008 - frozen
+        """KVM_CREATE_VCPU and, unless asked otherwise, KVM_ARM_VCPU_INIT."""
+        if config.el2 and not self.check_extension(constants.KVM_CAP_ARM_EL2):
+            raise CapabilityMissing(
+                "KVM_CAP_ARM_EL2 is 0: vCPUs cannot have EL2 here; use HostConfig(nested=True)"
+            )
+        vcpu = SpecVcpu(self.kvm, config, self._lock, self._trace, self._can_pre_fault)
+        self._vcpus.append(vcpu)
+        if config.el2 and config.initialised:
+            nested.kvm_vcpu_init_nested(self.kvm, len(self._vcpus))
+        return vcpu
+
+    def _can_pre_fault(self) -> bool:
+        return bool(self.check_extension(constants.KVM_CAP_PRE_FAULT_MEMORY))
+
+    def install(self, program: Program) -> None:
+        """Write the code and data of a guest program into guest memory."""
+        image = compile_program(program, self._host.config.page_size)
+        self.write_memory(image.base, image.data)
+        for step in program.steps:
+            if isinstance(step, EnterL2):
+                self._l2_mappings += step.mappings
+
+    # Memory.
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """Guest memory as the host sees it."""
+        with self._lock:
+            return self._host.mm.read(self.hva_of(gpa, size), size)
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        """Write guest memory from the host."""
+        with self._lock:
+            self._host.mm.write(self.hva_of(gpa, len(data)), data)
+
+    def hva_of(self, gpa: int, size: int = 1) -> int:
+        """Where guest memory is in the VMM's."""
+        for one in self._regions.values():
+            if one.covers(gpa, size):
+                return one.hva + gpa - one.region.gpa
+        raise UsageError(
+            f"no memslot has gpa {gpa:#x}, size {size:#x}; set one with set_user_memory_region first"
+        )
+
+    # What can be observed.
+
+    def stage2(self) -> list[Leaf]:
+        """Leaves of the canonical stage-2 table, by IPA."""
+        with self._lock:
+            return leaves(self.kvm.mmu.pgt)
+
+    def nested_stage2(self) -> list[list[Leaf]]:
+        """Leaves of every shadow stage-2 table in use, by index."""
+        with self._lock:
+            return [leaves(mmu.pgt) for mmu in self.kvm.nested_mmus if mmu.tlb_vttbr is not None]
+
+    def count_faults(self) -> SpecFaultCounter:
+        """Count this VM's stage-2 faults while the returned context is open."""
+        return SpecFaultCounter(self)
+
+    def set_counts(self, counts: FaultCounts | None) -> None:
+        """Where faults are counted from now on."""
+        self._counts = counts
+
+    def _trace(self, ipa: int, esr: int) -> None:
+        """Where the tracepoint kvm_guest_fault stands."""
+        counts = self._counts
+        if counts is None:
+            return
+        if not self._is_memory(ipa):
+            counts.mmio += 1
+            return
+        counts.ipas.append(ipa)
+        if esr >> EC_SHIFT == EC_IABT:
+            counts.execute += 1
+        elif esr & WNR:
+            counts.write += 1
+        else:
+            counts.read += 1
+        if esr & 0x3C == FSC_PERM:
+            counts.permission += 1
+
+    def _is_memory(self, ipa: int) -> bool:
+        if any(one.covers(ipa) for one in self._regions.values()):
+            return True
+        return any(one.ipa <= ipa < one.ipa + one.size for one in self._l2_mappings)
+
+    def check(self) -> None:
+        """The invariants of all tables.
+
+        :raises Violation: one does not hold
+        """
+        for mmu in self._mmus():
+            mmu.pgt.check()
+
+    def _mmus(self) -> Iterable[S2Mmu]:
+        return [self.kvm.mmu, *self.kvm.nested_mmus]
+
+    def close(self) -> None:
+        """Close the VM and its vCPUs. Safe to call again."""
+        if not self._open:
+            return
+        self._open = False
+        for vcpu in self._vcpus:
+            vcpu.close()
+        self._host.mm.notifiers.remove(self._notifier)
+        for mmu in self._mmus():
+            mmu.pgt.destroy()
+        for vma in self._mapped:
+            self._host.mm.munmap(vma.start, vma.end)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SpecFaultCounter:
+    """Counts stage-2 faults while it is open."""
+
+    def __init__(self, vm: SpecVm) -> None:
+        self._vm = vm
+
+    def __enter__(self) -> FaultCounts:
+        counts = FaultCounts()
+        self._vm.set_counts(counts)
+        return counts
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._vm.set_counts(None)
+
+
+def check_extension(host: Host, capability: int) -> int:
+    """KVM_CHECK_EXTENSION. Mirrors: kvm_vm_ioctl_check_extension()"""
+    config = host.config
+    values = {
+        constants.KVM_CAP_USER_MEMORY: 1,
+        constants.KVM_CAP_USER_MEMORY2: 1,
+        constants.KVM_CAP_SYNC_MMU: 1,
+        constants.KVM_CAP_ONE_REG: 1,
+        constants.KVM_CAP_READONLY_MEM: 1,
+        constants.KVM_CAP_DEVICE_CTRL: 1,
+        constants.KVM_CAP_CHECK_EXTENSION_VM: 1,
+        constants.KVM_CAP_IMMEDIATE_EXIT: 1,
+        constants.KVM_CAP_ARM_VM_IPA_SIZE: config.ipa_limit,
+        constants.KVM_CAP_ARM_EL2: int(config.nested and not config.protected),
+        constants.KVM_CAP_PRE_FAULT_MEMORY: int(not config.protected),
+        constants.KVM_CAP_GUEST_MEMFD: int(not config.protected),
+        constants.KVM_CAP_GUEST_MEMFD_FLAGS: 0 if config.protected else 3,
+    }
+    return values.get(capability, 0)
+
+
+def leaves(pgt: PageTable) -> list[Leaf]:
+    """Leaves of a table, adjacent equal ones as one."""
+    attributes = S2AP_R | S2AP_W | XN | AF | TABLE
+    merged: list[tuple[int, int, int, int]] = []
+    start = end = level = kind = -1
+    for ipa, at, pte in pgt.leaves():
+        if ipa == end and at == level and pte & attributes == kind:
+            end += pgt.granule.size(at)
+            continue
+        if end > start:
+            merged.append((start, end, level, kind))
+        start, end, level, kind = ipa, ipa + pgt.granule.size(at), at, pte & attributes
+    if end > start:
+        merged.append((start, end, level, kind))
+    return [_leaf(*one) for one in merged]
+
+
+def _leaf(start: int, end: int, level: int, pte: int) -> Leaf:
+    exec_ = executable(pte)
+    return Leaf(
+        ipa=start,
+        size=end - start,
+        level=level,
+        readable=bool(pte & S2AP_R),
+        writable=bool(pte & S2AP_W),
+        px=bool(exec_ & Prot.PX),
+        ux=bool(exec_ & Prot.UX),
+        accessed=bool(pte & AF),
+        block=level < LAST_LEVEL,
+    )
