@@ -178,7 +178,7 @@ def test_a_leaf_is_young_until_it_is_aged() -> None:
 def test_writing_over_a_valid_descriptor_violates_break_before_make() -> None:
     pgt = make()
     map_(pgt, 0, 0x1000, 0x8000_0000)
-    table, index, _ = pgt._find(0)
+    table, index, _ = pgt.find(0)
     with pytest.raises(Violation, match="break-before-make"):
         pgt._set(table, index, table.entries[index] + 0x1000)
 
@@ -186,7 +186,7 @@ def test_writing_over_a_valid_descriptor_violates_break_before_make() -> None:
 def test_a_lost_reference_is_found() -> None:
     pgt = make()
     map_(pgt, 0, 0x1000, 0x8000_0000)
-    pgt._find(0)[0].refs += 1
+    pgt.find(0)[0].refs += 1
     with pytest.raises(Violation, match="references"):
         pgt.check()
 

@@ -35,12 +35,12 @@ class Trap(Exception):
     """The processor stops at ``cpu.pc`` and KVM has to see to it."""
 
 
-@dataclass(eq=False)
 class Abort(Trap):
     """A stage-2 fault. ``esr`` is ESR_EL2."""
 
-    ipa: int
-    esr: int
+    def __init__(self, ipa: int, esr: int) -> None:
+        self.ipa = ipa
+        self.esr = esr
 
 
 class Eret(Trap):
@@ -83,21 +83,31 @@ class Cpu:
     def __post_init__(self) -> None:
         self._shift = self.memory.page_shift
         self._mask = self.memory.page_size - 1
+        self._frame = bytearray()
+        self._words = memoryview(b"")
 
     def execute(self) -> None:
         """Execute until a Trap is raised; ``pc`` is then that of the instruction that did not complete."""
         mask = self._mask
         while True:
             tlb, pc = self.mmu.pgt.tlb, self.pc
-            pfn = self.translate(pc, Tlb.EXECUTE, EC_IABT << EC_SHIFT | IL) >> self._shift
-            words = memoryview(self.memory.frame(pfn)).cast("I")
-            generation, page = tlb.generation, pc >> self._shift
-            while pc >> self._shift == page and tlb.generation == generation:
+            words = self._fetch(pc)
+            generation, first = tlb.generation, pc & ~mask
+            last = first + mask
+            while first <= pc <= last and tlb.generation == generation:
                 word = words[(pc & mask) >> 2]
                 operation = _decoded.get(word)
                 if operation is None:
                     operation = _decoded[word] = decode(word)
                 pc = self.pc = operation(self, pc)
+
+    def _fetch(self, pc: int) -> memoryview:
+        """The instructions of the page that ``pc`` is in."""
+        pfn = self.translate(pc, Tlb.EXECUTE, EC_IABT << EC_SHIFT | IL) >> self._shift
+        frame = self.memory.frame(pfn)
+        if frame is not self._frame:
+            self._frame, self._words = frame, memoryview(frame).cast("I")
+        return self._words
 
     def translate(self, ipa: int, need: int, esr: int) -> int:
         """Physical address behind an IPA.

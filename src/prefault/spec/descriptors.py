@@ -70,15 +70,13 @@ class Granule:
     stride: int = field(init=False)
     mask: int = field(init=False)
     """Number of entries of a table, minus 1."""
+    page_size: int = field(init=False)
+    """Bytes of a page, and of a table."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride", self.page_shift - 3)
         object.__setattr__(self, "mask", (1 << self.stride) - 1)
-
-    @property
-    def page_size(self) -> int:
-        """Bytes of a page, and of a table."""
-        return 1 << self.page_shift
+        object.__setattr__(self, "page_size", 1 << self.page_shift)
 
     @property
     def min_block_level(self) -> int:

@@ -100,7 +100,7 @@ class Mm:
         self.vmas: list[Vma] = []
         self.ptes: dict[int, dict[int, int]] = {self.page_shift: {}, self.pmd_shift: {}}
         self.notifiers: list[Notifier] = []
-        self.pins: Counter[int] = Counter()
+        self.pins: dict[int, int] = {}
         self.mapcount: Counter[int] = Counter()
         """Of anonymous frames that more than one page table or address uses: fork, KSM."""
         self._huge_zero = 0
@@ -364,7 +364,7 @@ class Mm:
 
     def pin(self, pfn: int) -> int:
         """Take a reference to a frame."""
-        self.pins[pfn] += 1
+        self.pins[pfn] = self.pins.get(pfn, 0) + 1
         return pfn
 
     def unpin(self, pfn: int) -> None:

@@ -60,6 +60,8 @@ class PageTable:
         self.tlb = Tlb(granule.page_shift)
         self._pgd_shift = granule.shift(self.start_level - 1)
         self.pgd = memory.allocate_tables(((1 << ia_bits) - 1 >> self._pgd_shift) + 1)
+        # Tables lie below 2**48, where the address is in the same place in every format.
+        self._address = (1 << 48) - granule.page_size
         self._attributes: dict[int, int] = {}
         self._shifts = {level: granule.shift(level) for level in range(self.start_level, LAST_LEVEL + 1)}
 
@@ -70,21 +72,21 @@ class PageTable:
 
         :raises ValueError: beyond the IPA space
         """
-        table, index, level = self._find(ipa)
+        table, index, level = self.find(ipa)
         return table.entries[index], level
 
-    def _find(self, ipa: int) -> tuple[Table, int, int]:
+    def find(self, ipa: int) -> tuple[Table, int, int]:
         """Where the walk stops: an entry that is no table."""
         if ipa >> self.ia_bits:
             raise ValueError(f"ipa {ipa:#x} is beyond {self.ia_bits} bits")
         table = self.pgd[ipa >> self._pgd_shift]
-        mask, tables, to_phys = self.granule.mask, self.memory.tables, self.granule.to_phys
+        mask, tables, address = self.granule.mask, self.memory.tables, self._address
         for level, shift in self._shifts.items():
             index = ipa >> shift & mask
             pte = table.entries[index]
             if pte & _IS_TABLE != _IS_TABLE or level == LAST_LEVEL:
                 break
-            table = tables[to_phys(pte)]
+            table = tables[pte & address]
         return table, index, level
 
     def leaves(self) -> Iterator[tuple[int, int, int]]:
@@ -107,7 +109,7 @@ class PageTable:
 
     def child(self, pte: int) -> Table:
         """Mirrors: kvm_pte_follow()"""
-        return self.memory.tables[self.granule.to_phys(pte)]
+        return self.memory.tables[pte & self._address]
 
     # Writing one entry.
 
@@ -184,7 +186,7 @@ class PageTable:
             index = ipa >> shifts[level] & mask
             old = table.entries[index]
             if old & _IS_TABLE == _IS_TABLE:
-                table = self.memory.tables[self.granule.to_phys(old)]
+                table = self.memory.tables[old & self._address]
             else:
                 below = self._map_table(table, index, old, level, ipa, allocate)
                 if isinstance(below, int):
@@ -314,7 +316,7 @@ class PageTable:
 
     def _update_leaf(self, ipa: int, set_: int, clear: int) -> int:
         """Mirrors: stage2_update_leaf_attrs() for one page"""
-        table, index, _ = self._find(ipa)
+        table, index, _ = self.find(ipa)
         old = table.entries[index]
         if not old & VALID:
             return -errno.EAGAIN

@@ -10,8 +10,9 @@ import errno
 
 from prefault.spec.descriptors import AF, VALID
 from prefault.spec.faults import FaultDesc, gmem_abort, user_mem_abort
+from prefault.spec.shortcut import prefault_resident
 from prefault.spec.state import INVALID, KvmState
-from prefault.spec.steps import step
+from prefault.spec.steps import exploring, step
 
 
 def kvm_vcpu_pre_fault_memory(
@@ -35,6 +36,8 @@ def kvm_vcpu_pre_fault_memory(
         if ret < 0:
             break
         gpa += ret
+        if ret == kvm.page_size and not exploring():
+            gpa = prefault_resident(kvm, gpa, end)
     kvm.srcu.read_unlock(token)
     return gpa, end - gpa, -ret if gpa == start else 0
 

@@ -6,6 +6,7 @@ Source: struct kvm and struct kvm_arch (include/linux/kvm_host.h, arch/arm64/inc
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 from prefault.spec.descriptors import Granule
@@ -39,7 +40,7 @@ class HostConfig:
     protected: bool = False
     hugetlb: tuple[int, ...] = (2 << 20, 64 << 10, 32 << 20, 1 << 30)
 
-    @property
+    @functools.cached_property
     def granule(self) -> Granule:
         """The shape of stage-2 tables."""
         return Granule(self.page_size.bit_length() - 1, self.lpa2, self.fwb)
