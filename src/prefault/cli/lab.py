@@ -284,6 +284,8 @@ def _save(result: JobResult, folder: Path) -> dict[str, Path]:
 @click.option("--dry-run", is_flag=True, help="Print QEMU's command line, its files in place.")
 def shell(dry_run: bool, **choices: Unpack[_MachineChoices]) -> None:
     """Open a console in the lab; leave with `exit` or Ctrl-A x."""
+    if not (dry_run or sys.stdin.isatty()):
+        raise UsageError("the shell needs a terminal: use `prefault lab run` for scripts")
     image = choices["kernel"] or lab_build.kernel_image()
     folder = runs.new()
     initrd = folder / "initrd.cpio"
