@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -112,6 +113,26 @@ def test_an_unexpected_exception_shows_its_traceback(
     printed = capsys.readouterr()
     assert "Traceback" in printed.err
     assert json.loads(printed.out)["error"]["type"] == "ZeroDivisionError"
+
+
+def test_a_full_disk_is_a_message_and_no_traceback(plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:
+    plant(raising(OSError(errno.ENOSPC, "No space left on device", "cache/Image")))
+    assert main(["planted", "--json"]) == 3
+    printed = capsys.readouterr()
+    assert printed.err.startswith("prefault: No space left on device: cache/Image; ")
+    assert json.loads(printed.out)["error"]["errno"] == errno.ENOSPC
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("words", ["'--help'", "'probe', '--json'"])
+def test_a_full_standard_output_is_a_message_and_no_traceback(words: str) -> None:
+    program = f"import sys; from prefault.cli.main import main; sys.exit(main([{words}]))"
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", program]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 3
+    assert "No space left on device: standard output" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), click.Abort()])

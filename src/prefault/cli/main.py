@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import NoReturn
 
@@ -33,6 +35,11 @@ Exit codes:
   124  timed out
   125  the lab was lost
   130  interrupted"""
+
+SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE}
+"""What the machine around may answer at any time: a message will do, a traceback would only hide it."""
+
+_REMEDY = "make room (`prefault lab clean`) or another place (XDG_CACHE_HOME), then try again"
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,49 +68,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with root.make_context("prefault", list(argv)) as ctx:
             root.invoke(ctx)
         sys.stdout.flush()
-        return ExitCode.DONE
     except click.exceptions.Exit as leave:
         return leave.exit_code
     except BrokenPipeError:
         _forget_stdout()
         return BROKEN_PIPE
-    except click.ClickException as error:
-        # The option parser may have stopped before it came to --json.
-        error.show()
-        return _end(argv, "--json" in argv, "UsageError", error.format_message(), ExitCode.USAGE)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("prefault: interrupted", err=True)
-        return _end(argv, output.wants_json(ctx), "Interrupted", "interrupted", INTERRUPTED)
-    except PrefaultError as error:
-        click.echo(f"prefault: {error}", err=True)
-        for note in getattr(error, "__notes__", ()):
-            click.echo(note, err=True)
-        as_json = output.wants_json(ctx)
-        return _end(argv, as_json, type(error).__name__, str(error), error.exit_code, plain_attributes(error))
-    except Exception as error:
-        traceback.print_exc()
-        as_json = output.wants_json(ctx)
-        return _end(argv, as_json, type(error).__name__, str(error), ExitCode.OPERATING_ERROR)
+    except (Exception, KeyboardInterrupt) as error:
+        failure = _explain(error)
+        # Of wrong usage, the option parser may have stopped before it came to --json.
+        if output.wants_json(ctx) or ("--json" in argv and isinstance(error, click.ClickException)):
+            _emit(failure, " ".join(_command_words(argv)))
+        return failure.exit_code
+    return ExitCode.DONE
 
 
-def plain_attributes(error: PrefaultError) -> dict[str, object]:
-    """The facts that an error carries, as far as JSON can hold them."""
+@dataclass(frozen=True)
+class Failure:
+    """What a command that failed says of itself under ``--json``."""
+
+    type: str
+    message: str
+    exit_code: int
+    attributes: Mapping[str, object] = field(default_factory=dict)
+    """The facts that the error carries, as far as JSON can hold them."""
+
+
+def _explain(error: BaseException) -> Failure:
+    """Tell the user on standard error what went wrong."""
+    kind = type(error).__name__
+    match error:
+        case click.Abort() | KeyboardInterrupt():
+            click.echo("prefault: interrupted", err=True)
+            return Failure("Interrupted", "interrupted", INTERRUPTED)
+        case click.ClickException():
+            error.show()
+            return Failure("UsageError", error.format_message(), ExitCode.USAGE)
+        case PrefaultError():
+            click.echo("\n".join((f"prefault: {error}", *getattr(error, "__notes__", ()))), err=True)
+            return Failure(kind, str(error), error.exit_code, _plain_attributes(error))
+        case OSError(errno=number, strerror=text, filename=name) if number in SURROUNDINGS:
+            message = f"{text}: {name or 'standard output'}; {_REMEDY}"
+            click.echo(f"prefault: {message}", err=True)
+            return Failure(kind, message, ExitCode.OPERATING_ERROR, {"errno": number})
+    traceback.print_exception(error)
+    return Failure(kind, str(error), ExitCode.OPERATING_ERROR)
+
+
+def _plain_attributes(error: PrefaultError) -> dict[str, object]:
     return {k: v for k, v in vars(error).items() if isinstance(v, str | int | float | list | tuple | None)}
 
 
-def _end(
-    argv: Sequence[str],
-    as_json: bool,
-    kind: str,
-    message: str,
-    exit_code: int,
-    attributes: Mapping[str, object] | None = None,
-) -> int:
-    """Print the error object if there is someone to read it, and return the exit status."""
-    if as_json:
-        facts = {"type": kind, "message": message, "exit_code": int(exit_code), **(attributes or {})}
-        output.emit_error(" ".join(_command_words(argv)), facts)
-    return exit_code
+def _emit(failure: Failure, command: str) -> None:
+    facts = {"type": failure.type, "message": failure.message, "exit_code": int(failure.exit_code)}
+    try:
+        output.emit_error(command, {**facts, **failure.attributes})
+        sys.stdout.flush()
+    except OSError:  # standard output is what failed
+        _forget_stdout()
 
 
 def _command_words(argv: Sequence[str]) -> list[str]:
