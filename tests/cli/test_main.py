@@ -131,7 +131,7 @@ def test_a_full_standard_output_is_a_message_and_no_traceback(words: str) -> Non
         command = [sys.executable, "-c", program]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 3
-    assert "No space left on device: standard output" in ended.stderr
+    assert "prefault: No space left on device" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

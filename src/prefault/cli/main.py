@@ -107,7 +107,8 @@ def _explain(error: BaseException) -> Failure:
             click.echo("\n".join((f"prefault: {error}", *getattr(error, "__notes__", ()))), err=True)
             return Failure(kind, str(error), error.exit_code, _plain_attributes(error))
         case OSError(errno=number, strerror=text, filename=name) if number in SURROUNDINGS:
-            message = f"{text}: {name or 'standard output'}; {_REMEDY}"
+            # An error of open() has a name; one of write() has none.
+            message = f"{text}{f': {name}' if name else ''}; {_REMEDY}"
             click.echo(f"prefault: {message}", err=True)
             return Failure(kind, message, ExitCode.OPERATING_ERROR, {"errno": number})
     traceback.print_exception(error)
