@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefault.cli.values import Percent, parse_size
+from prefault.cli.values import KernelImage, Percent, parse_size
 from prefault.report.units import format_size
 
 
@@ -42,3 +44,18 @@ def test_a_percentage_keeps_its_decimal_as_permille(permille: int) -> None:
 def test_what_is_not_a_percentage_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="percentage"):
         Percent().convert(text, None, None)
+
+
+@pytest.mark.parametrize("head", [b"x" * 56 + b"ARM\x64" + b"x" * 8, b"\x1f\x8b\x08"])
+def test_an_image_is_known_by_its_head(tmp_path: Path, head: bytes) -> None:
+    image = tmp_path / "Image"
+    image.write_bytes(head)
+    assert KernelImage().convert(str(image), None, None) == image
+
+
+@pytest.mark.parametrize("head", [b"", b"\x7fELF" + b"x" * 80, b"MZ"])
+def test_a_file_that_is_no_image_is_refused(tmp_path: Path, head: bytes) -> None:
+    image = tmp_path / "vmlinux"
+    image.write_bytes(head)
+    with pytest.raises(click.BadParameter, match="not an arm64 Image"):
+        KernelImage().convert(str(image), None, None)

@@ -12,7 +12,7 @@ from typing import TypedDict, Unpack
 import click
 
 from prefault.cli import output
-from prefault.cli.values import Percent, Size
+from prefault.cli.values import KernelImage, Percent, Size
 from prefault.errors import CapabilityMissing, ExitCode, LabError, Mismatch, PrefaultError, UsageError
 from prefault.kvm import open_kvm
 from prefault.lab.frames import Kind
@@ -142,7 +142,7 @@ class _Options(TypedDict):
 )
 @click.option(
     "--kernel",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=KernelImage(),
     help="Lab: boot this arm64 Image in place of the one that was built.",
 )
 @click.option("--dry-run", is_flag=True, help="Lab: print QEMU's command line and do nothing.")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import click
 
@@ -51,3 +52,26 @@ class Percent(click.ParamType[int]):
         if not 0 <= permille <= 1000:
             self.fail(f"{value!r} is not a percentage; write 0 to 100, with one decimal at most", param, ctx)
         return permille
+
+
+class KernelImage(click.Path):
+    """An arm64 kernel Image, plain or compressed with gzip. Anything else would hang the machine."""
+
+    name = "image"
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, readable=True, path_type=Path)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Check that the file begins as an Image does.
+
+        Source: Documentation/arch/arm64/booting.rst
+        """
+        path = Path(str(super().convert(str(value), param, ctx)))
+        with path.open("rb") as file:
+            head = file.read(64)
+        if head[56:60] != b"ARM\x64" and head[:2] != b"\x1f\x8b":
+            self.fail(
+                f"{path} is not an arm64 Image; a build leaves one in arch/arm64/boot/Image", param, ctx
+            )
+        return path
