@@ -42,7 +42,7 @@ from prefault.machine import (
     VmConfig,
 )
 
-CODE, DATA = 0x4000_0000, 0x1_0000_0000
+CODE, DATA, DEVICE = 0x4000_0000, 0x1_0000_0000, 0x0A00_0000
 BLOCK = 2 << 20
 SPAN = 4 * BLOCK
 A0, A1 = Argument(0), Argument(1)
@@ -62,10 +62,11 @@ def _programs(nested: bool) -> dict[str, Program]:
     steps = dict(_PLAIN)
     if nested:
         data = L2Mapping(DATA, DATA, SPAN, 2)
+        device = L2Mapping(DEVICE, DEVICE, 0x1000, 3)
         pages = L2Mapping(DATA, DATA + BLOCK, BLOCK, 3)
         read_only = L2Mapping(DATA, DATA, SPAN, 2, writable=False)
         for name, plain in _PLAIN.items():
-            steps[f"l2-{name}"] = (EnterL2(plain, (data,)),)
+            steps[f"l2-{name}"] = (EnterL2(plain, (data, device)),)
         steps["l2-pages"] = (EnterL2((Walk(A0, A1, 0x2000, 300), Report()), (pages,)),)
         steps["l2-read-only"] = (EnterL2((Read(A0), Report()), (read_only,)), Read(A0), Report())
         steps["l2-twice"] = (
@@ -127,7 +128,7 @@ class Observer:
         name = self._random.choice(list(self._programs))
         gpa = self._page()
         if "device" in name:
-            gpa = 0x0A00_0000 + 8 * self._random.randrange(100)
+            gpa = DEVICE + 8 * self._random.randrange(600)
         if "execute" in name and not self._put_return(gpa):
             return "nowhere to execute"
         argument = 0x1000 * self._random.randrange(1, 40) if "walk" in name or "pages" in name else gpa

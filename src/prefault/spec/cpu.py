@@ -38,6 +38,8 @@ class Trap(Exception):
 class Abort(Trap):
     """A stage-2 fault. ``esr`` is ESR_EL2."""
 
+    __slots__ = ("esr", "ipa")
+
     def __init__(self, ipa: int, esr: int) -> None:
         self.ipa = ipa
         self.esr = esr

@@ -96,7 +96,7 @@ class PageTable:
 
     def _leaves(self, table: Table, level: int, ipa: int) -> Iterator[tuple[int, int, int]]:
         size = self.granule.size(level)
-        for index, pte in enumerate(table.entries):
+        for index, pte in enumerate(table.entries) if table.refs > 1 else ():
             if self.is_table(pte, level):
                 yield from self._leaves(self.child(pte), level + 1, ipa + index * size)
             elif pte & VALID:
@@ -144,7 +144,6 @@ class PageTable:
             )
         table.refs += 1
         table.entries[index] = pte
-        step("pte.make")
 
     # Mapping.
 
@@ -270,7 +269,6 @@ class PageTable:
 
     def _unmap_leaf(self, table: Table, index: int, level: int, ipa: int) -> None:
         """Mirrors: stage2_unmap_walker(), for a leaf; a block goes as a whole"""
-        step("pte.clear")
         table.entries[index] = 0
         table.refs -= 1
         # The flush of the range does not reach the rest of a block.

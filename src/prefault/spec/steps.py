@@ -104,6 +104,11 @@ class Srcu:
         self._next = 0
         self._active: set[int] = set()
 
+    @property
+    def active(self) -> frozenset[int]:
+        """The readers that there are."""
+        return frozenset(self._active)
+
     def read_lock(self) -> int:
         """srcu_read_lock(); the result is for read_unlock."""
         step(f"{self.name}.read_lock")
