@@ -11,6 +11,7 @@ import click
 import pytest
 
 from prefault.cli.main import root
+from prefault.scenarios import SCENARIOS
 
 TOP = Path(__file__).parents[1]
 PAGES = sorted([*TOP.glob("*.md"), *(TOP / "docs").rglob("*.md"), *(TOP / "kernel").rglob("*.md")])
@@ -66,6 +67,17 @@ def test_every_decision_is_in_the_index() -> None:
     folder = TOP / "docs/decisions"
     listed = set(LINK.findall((folder / "README.md").read_text()))
     assert listed == {page.name for page in folder.glob("[0-9]*.md")}
+
+
+def test_every_requirement_has_a_state_and_every_done_one_a_scenario() -> None:
+    rows = re.findall(
+        r"^\| (M\d+) \| .* \| ([^|]+) \| (?:`(\w+)`)? ?\|$", (TOP / "README.md").read_text(), re.MULTILINE
+    )
+    assert [row[0] for row in rows] == [f"M{number}" for number in range(1, 17)]
+    shown = {(name.partition("[")[0], one) for name, it in SCENARIOS.items() for one in it.requirements}
+    for requirement, state, name in rows:
+        assert not name or (name, requirement) in shown, f"{name} does not show {requirement}"
+        assert name or state != "done", f"{requirement} is done, but what shows it is not said"
 
 
 def test_no_placeholder_is_left() -> None:
