@@ -287,7 +287,7 @@ def shell(dry_run: bool, **choices: Unpack[_MachineChoices]) -> None:
     if not (dry_run or sys.stdin.isatty()):
         raise UsageError("the shell needs a terminal: use `prefault lab run` for scripts")
     image = choices["kernel"] or lab_build.kernel_image()
-    folder = runs.new()
+    folder = runs.dry() if dry_run else runs.new()
     initrd = folder / "initrd.cpio"
     initrd.write_bytes(rootfs.base().read_bytes() + payload.shell_archive())
     argv = machine.shell_command(_chosen_machine(choices), image, initrd)

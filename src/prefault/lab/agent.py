@@ -14,6 +14,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import select
 import selectors
 import subprocess
@@ -117,15 +118,16 @@ def run_command(order: Order, port: Port) -> int:
     except OSError as error:
         port.send(Frame(Kind.STDERR, f"{order.argv[0]}: {error.strerror}\n".encode()))
         return 127
-    assert child.stdout is not None and child.stderr is not None
-    streams = {child.stdout.fileno(): Kind.STDOUT, child.stderr.fileno(): Kind.STDERR}
-    _pump(child, streams, order.heartbeat, port)
-    return child.wait()
+    with child:
+        assert child.stdout is not None and child.stderr is not None
+        streams = {child.stdout.fileno(): Kind.STDOUT, child.stderr.fileno(): Kind.STDERR}
+        _pump(child, streams, order.heartbeat, port)
+    return child.returncode
 
 
 def _pump(child: subprocess.Popen[bytes], streams: dict[int, Kind], beat: float, port: Port) -> None:
     ended = os.pidfd_open(child.pid)
-    selector = selectors.DefaultSelector()
+    selector = selectors.SelectSelector()  # has no descriptor of its own to close
     for descriptor in (*streams, ended):
         selector.register(descriptor, selectors.EVENT_READ)
     next_beat = time.monotonic() + beat
@@ -200,6 +202,7 @@ def format_record(record: str) -> str:
     head, _, text = record.partition(";")
     microseconds = int(head.split(",")[2])
     stamp = f"[{microseconds // 1_000_000:5d}.{microseconds % 1_000_000:06d}]"
+    text = re.sub(r"\\x([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), text)
     message = [line for line in text.rstrip("\n").split("\n") if not line.startswith(" ")]
     return "\n".join(f"{stamp} {line}" for line in message)
 

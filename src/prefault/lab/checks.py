@@ -20,8 +20,9 @@ from prefault.lab.source import Source
 KVM_TARGET = "arch/arm64/kvm/"
 """Builds virt/kvm as well, and sees every header that the series may touch."""
 
-_LOCATION = re.compile(
-    r"^(?:\.\./|\./)*(?P<file>[\w./+-]+):(?:\d+:)*\s*(?P<text>warning: .*)$", re.IGNORECASE
+_LOCATION = re.compile(  # the compiler's form, then that of kernel-doc
+    r"(?P<file>[\w./+~-]+):(?:\d+:)+ *(?P<text>warning: .*)|"
+    r"Warning: (?P<documented>[\w./+~-]+):\d+ (?P<remark>.*)"
 )
 
 
@@ -49,9 +50,10 @@ def about(output: str, files: tuple[str, ...]) -> set[tuple[str, str]]:
     for line in output.splitlines():
         match = _LOCATION.match(line)
         if match is not None:
-            name = next((file for file in files if match["file"].endswith(file)), None)
+            where = match["file"] or match["documented"]
+            name = next((file for file in files if where.endswith(file)), None)
             if name is not None:
-                found.add((name, match["text"]))
+                found.add((name, match["text"] or match["remark"]))
     return found
 
 

@@ -243,6 +243,5 @@ def command_line(
     job: Job, options: MachineOptions | None = None, *, kernel: Path | None = None
 ) -> tuple[str, ...]:
     """QEMU's command line for a job, its files in place so that it can be run as printed."""
-    run_dir = runs.folder() / "dry-run"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return _Run(job, options or MachineOptions(), kernel or build.kernel_image(), run_dir, None).argv
+    image = kernel or build.kernel_image()
+    return _Run(job, options or MachineOptions(), image, runs.dry(), None).argv

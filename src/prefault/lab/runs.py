@@ -31,6 +31,13 @@ def new() -> Path:
     raise AssertionError("10000 runs in one second")
 
 
+def dry() -> Path:
+    """The folder of the last run that was only printed."""
+    made = folder() / "dry-run"
+    made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
 def _prune(top: Path) -> None:
     kept = sorted((path for path in top.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     for old in kept[:-KEEP]:

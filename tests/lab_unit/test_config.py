@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefault.lab import build, config
+
+options = st.dictionaries(
+    st.text("ABC_1", min_size=1).map("CONFIG_".__add__), st.sampled_from(["y", "n", "8", '"text"'])
+)
+
+
+def text(chosen: dict[str, str]) -> str:
+    lines = [f"# {k} is not set" if v == "n" else f"{k}={v}" for k, v in chosen.items()]
+    return "# a reason\n\n" + "\n".join(lines)
+
+
+@given(options)
+def test_a_fragment_is_read_as_written(chosen: dict[str, str]) -> None:
+    assert config.parse(text(chosen)) == chosen
+
+
+@given(options, options)
+def test_exactly_what_came_out_otherwise_is_refused(wanted: dict[str, str], got: dict[str, str]) -> None:
+    refused = {entry.option for entry in config.refused(text(wanted), text(got))}
+    assert refused == {option for option, value in wanted.items() if got.get(option, "n") != value}
+
+
+def test_a_line_that_is_no_option_is_refused_with_its_number() -> None:
+    with pytest.raises(ValueError, match="line 2"):
+        config.parse("CONFIG_A=y\nCONFIG_B")
+
+
+@pytest.mark.parametrize(
+    "fragment", sorted((build.KERNEL_FOLDER / "config").glob("*.config")), ids=lambda path: path.name
+)
+def test_each_group_of_a_fragment_has_its_reason(fragment: Path) -> None:
+    for group in fragment.read_text().split("\n\n"):
+        first = group.strip().splitlines()[0]
+        assert first.startswith("# ") and "is not set" not in first, f"no reason above {first}"
