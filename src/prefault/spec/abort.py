@@ -18,6 +18,7 @@ from prefault.spec.cpu import EC_DABT, EC_IABT, EC_SHIFT, IL, SF, SSE, WNR, Abor
 from prefault.spec.descriptors import Prot
 from prefault.spec.faults import FaultDesc, gmem_abort, user_mem_abort
 from prefault.spec.nested import FSC_ACCESS, FSC_FAULT, FSC_PERM, GuestWalk, S2Translation, S2WalkFault
+from prefault.spec.pkvm import pkvm_mem_abort
 from prefault.spec.state import KvmState
 
 Trace = Callable[[int, int], None]
@@ -116,6 +117,8 @@ class AbortHandler:
             exec=iabt,
             perm=abort.esr & _FSC_TYPE == FSC_PERM,
         )
+        if kvm.protected:
+            return self._result(s2fd, pkvm_mem_abort(s2fd))
         return self._result(s2fd, gmem_abort(s2fd) if slot.gmem else user_mem_abort(s2fd))
 
     def _result(self, s2fd: FaultDesc, mapped: int) -> Exit | None:

@@ -103,6 +103,8 @@ class Mm:
         self.pins: dict[int, int] = {}
         self.mapcount: Counter[int] = Counter()
         """Of anonymous frames that more than one page table or address uses: fork, KSM."""
+        self.donated: set[int] = set()
+        """Frames that protected guests have: this process faults on them."""
         self._huge_zero = 0
         self._next = 0x7F00_0000_0000
 
@@ -378,7 +380,10 @@ class Mm:
     def mapping_size(self, hva: int) -> int:
         """Bytes that the entry for an address maps, 0 if there is none. Mirrors: get_user_mapping_size()"""
         found = self.lookup(hva)
-        return 1 << found[1] if found else 0
+        if found is None:
+            vma = self.vma_lookup(hva)
+            return self.page_size if vma and vma.pfn else 0
+        return 1 << found[1]
 
     # What user space asks for.
 
@@ -502,6 +507,8 @@ class Mm:
                 if ret:
                     raise OSError(-ret, f"no memory at hva {hva:#x}")
                 continue
+            if self.donated and self.pfn_of(hva, *found) in self.donated:
+                raise OSError(errno.EFAULT, f"the memory at hva {hva:#x} is a protected guest's")
             length = min(end - hva, self.page_size - hva % self.page_size)
             yield self.pfn_of(hva, *found) << self.page_shift | hva % self.page_size, length
             hva += length

@@ -7,12 +7,15 @@ Mirrors: virt/kvm/kvm_main.c, arch/arm64/kvm/mmu.c with the series
 from __future__ import annotations
 
 import errno
+import itertools
 
 from prefault.spec.descriptors import AF, VALID
 from prefault.spec.faults import FaultDesc, gmem_abort, user_mem_abort
 from prefault.spec.shortcut import prefault_resident
 from prefault.spec.state import INVALID, KvmState
-from prefault.spec.steps import exploring, step
+from prefault.spec.steps import Violation, exploring, step
+
+_HOPELESS = 100
 
 
 def kvm_vcpu_pre_fault_memory(
@@ -54,10 +57,12 @@ def kvm_arch_vcpu_pre_fault_memory(kvm: KvmState, gpa: int, size: int) -> int:
 
     Mirrors: kvm_arch_vcpu_pre_fault_memory()
     """
-    while True:
+    for attempt in itertools.count():
         mapped = kvm_pre_fault_ipa(kvm, gpa)
         if mapped:
             break
+        if attempt == _HOPELESS and not exploring():
+            raise Violation(f"no progress: ipa {gpa:#x} is tried again and again, and nobody else runs")
         if kvm.host.signal_pending:
             return -errno.EINTR
         step("resched")

@@ -20,6 +20,7 @@ from prefault.spec.descriptors import AF, LAST_LEVEL, S2AP_R, S2AP_W, TABLE, XN,
 from prefault.spec.mm import Vma
 from prefault.spec.nested import FSC_PERM
 from prefault.spec.pgtable import PageTable
+from prefault.spec.pkvm import pkvm_destroy_hyp_vm
 from prefault.spec.state import Host, KvmState, S2Mmu, Slot
 from prefault.spec.unmap import KvmNotifier
 from prefault.spec.vcpu import SpecVcpu
@@ -44,7 +45,8 @@ class SpecVm:
     def __init__(self, host: Host, config: VmConfig, lock: RLock) -> None:
         self._host = host
         self._lock = lock
-        bits = config.ipa_bits or _DEFAULT_IPA_BITS
+        # The hypervisor has one size for all.
+        bits = host.config.ipa_limit if host.config.protected else config.ipa_bits or _DEFAULT_IPA_BITS
         mmu = S2Mmu(host.memory, host.config.granule, bits, shadow=False)
         self.kvm = KvmState(host, mmu, protected=config.protected)
         self._notifier = KvmNotifier(self.kvm)
@@ -153,6 +155,10 @@ class SpecVm:
 
     def stage2(self) -> list[Leaf]:
         """Leaves of the canonical stage-2 table, by IPA."""
+        if self._host.config.protected:
+            raise CapabilityMissing(
+                "stage-2 tables are the hypervisor's on a host in protected mode, and cannot be read"
+            )
         with self._lock:
             return leaves(self.kvm.mmu.pgt)
 
@@ -211,6 +217,8 @@ class SpecVm:
         for vcpu in self._vcpus:
             vcpu.close()
         self._host.mm.notifiers.remove(self._notifier)
+        if self.kvm.protected:
+            pkvm_destroy_hyp_vm(self.kvm)
         for mmu in self._mmus():
             mmu.pgt.destroy()
         for vma in self._mapped:
