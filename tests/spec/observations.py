@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator
 
@@ -151,7 +152,8 @@ class Observer:
                 event = port.proceed(self._vcpu)
             except PrefaultError as error:
                 # QEMU reports the IPA space in HPFAR_EL2.NS, which is RES0 in a guest without Secure state.
-                return [*found, str(error).replace("HPFAR_EL2 0x80000000000", "HPFAR_EL2 0x")]
+                message = re.sub(r"HPFAR_EL2 0x80+(?=[1-9a-f])", "HPFAR_EL2 0x", str(error))
+                return [*found, message]
             found.append(repr(event))
             if isinstance(event, MmioExit):
                 if not event.is_write:

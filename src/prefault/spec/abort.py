@@ -17,7 +17,15 @@ from prefault.spec import nested
 from prefault.spec.cpu import EC_DABT, EC_IABT, EC_SHIFT, IL, SF, SSE, WNR, Abort, Cpu
 from prefault.spec.descriptors import Prot
 from prefault.spec.faults import FaultDesc, gmem_abort, user_mem_abort
-from prefault.spec.nested import FSC_ACCESS, FSC_FAULT, FSC_PERM, GuestWalk, S2Translation, S2WalkFault
+from prefault.spec.nested import (
+    FSC_ACCESS,
+    FSC_ADDRSZ,
+    FSC_FAULT,
+    FSC_PERM,
+    GuestWalk,
+    S2Translation,
+    S2WalkFault,
+)
 from prefault.spec.pkvm import pkvm_mem_abort
 from prefault.spec.state import KvmState
 
@@ -63,7 +71,8 @@ class AbortHandler:
         kvm, cpu = self._kvm, self._cpu
         iabt = abort.esr >> EC_SHIFT == EC_IABT
         if abort.esr & _FSC_TYPE == FSC_FAULT and abort.ipa >> cpu.mmu.pgt.ia_bits:
-            self.kvm_inject_sea(iabt, abort.ipa)
+            too_large = abort.ipa >> kvm.host.config.ipa_limit
+            self.kvm_inject_sea(iabt, abort.ipa, FSC_ADDRSZ if too_large else _FSC_EXTABT)
             return None
         fault_ipa = abort.ipa & ~0xFFF
         self._trace(fault_ipa, abort.esr)
@@ -143,11 +152,11 @@ class AbortHandler:
         data = self._cpu.x[register] & (1 << 8 * width) - 1 if is_write else 0
         return MmioExit(ipa, width, is_write, data)
 
-    def kvm_inject_sea(self, iabt: bool, address: int) -> None:
-        """A synchronous external abort, at the EL that the guest is at. Mirrors: kvm_inject_sea()"""
+    def kvm_inject_sea(self, iabt: bool, address: int, fsc: int = _FSC_EXTABT) -> None:
+        """An abort at the EL that the guest is at. Mirrors: kvm_inject_sea(), kvm_inject_size_fault()"""
         cpu = self._cpu
         ec = (EC_IABT if iabt else EC_DABT) + 1
-        cpu.take_exception(cpu.el, ec << EC_SHIFT | IL | _FSC_EXTABT, address, cpu.pc)
+        cpu.take_exception(cpu.el, ec << EC_SHIFT | IL | fsc, address, cpu.pc)
 
     def kvm_inject_s2_fault(self, abort: Abort, fsc: int) -> None:
         """Mirrors: kvm_inject_s2_fault()"""

@@ -7,15 +7,12 @@ Mirrors: virt/kvm/kvm_main.c, arch/arm64/kvm/mmu.c with the series
 from __future__ import annotations
 
 import errno
-import itertools
 
 from prefault.spec.descriptors import AF, VALID
 from prefault.spec.faults import FaultDesc, gmem_abort, user_mem_abort
 from prefault.spec.shortcut import prefault_resident
 from prefault.spec.state import INVALID, KvmState
-from prefault.spec.steps import Violation, exploring, step
-
-_HOPELESS = 100
+from prefault.spec.steps import Resched, exploring
 
 
 def kvm_vcpu_pre_fault_memory(
@@ -57,15 +54,14 @@ def kvm_arch_vcpu_pre_fault_memory(kvm: KvmState, gpa: int, size: int) -> int:
 
     Mirrors: kvm_arch_vcpu_pre_fault_memory()
     """
-    for attempt in itertools.count():
+    resched = Resched(f"pre-faulting ipa {gpa:#x}")
+    while True:
         mapped = kvm_pre_fault_ipa(kvm, gpa)
         if mapped:
             break
-        if attempt == _HOPELESS and not exploring():
-            raise Violation(f"no progress: ipa {gpa:#x} is tried again and again, and nobody else runs")
         if kvm.host.signal_pending:
             return -errno.EINTR
-        step("resched")
+        resched.cond_resched()
     return mapped if mapped < 0 else min(mapped - (gpa & mapped - 1), size)
 
 

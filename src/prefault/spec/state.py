@@ -145,6 +145,7 @@ class KvmState:
     mn_active_invalidate_count: int = 0
     nested_mmus: list[S2Mmu] = field(default_factory=list)
     nested_mmus_next: int = 0
+    has_run: bool = False
 
     def __post_init__(self) -> None:
         self.page_size = self.host.config.page_size

@@ -57,6 +57,25 @@ def wait(name: str, ready: Callable[[], bool]) -> None:
         raise Violation(f"deadlock: {name} waits for something that nobody is left to do")
 
 
+class Resched:
+    """A loop that ends only if somebody else goes on; alone, it must not be taken for ever."""
+
+    _PATIENCE = 100
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._tries = 0
+
+    def cond_resched(self) -> None:
+        """cond_resched()."""
+        if _scheduler is not None:
+            _scheduler.step("resched")
+            return
+        self._tries += 1
+        if self._tries > self._PATIENCE:
+            raise Violation(f"no progress: {self._what} is tried again and again, and nobody else runs")
+
+
 class RwLock:
     """A lock for one writer or many readers, such as kvm->mmu_lock.
 

@@ -74,6 +74,7 @@ class SpecVcpu:
         if not self._config.initialised:
             return Failed(errno.ENOEXEC)
         with self._lock:
+            self._kvm.has_run = True
             self._complete_exit()
             self._load_mmu()
             try:

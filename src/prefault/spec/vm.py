@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Iterable
 from threading import RLock
 from types import TracebackType
@@ -44,6 +45,7 @@ class SpecVm:
 
     def __init__(self, host: Host, config: VmConfig, lock: RLock) -> None:
         self._host = host
+        self._config = config
         self._lock = lock
         # The hypervisor has one size for all.
         bits = host.config.ipa_limit if host.config.protected else config.ipa_bits or _DEFAULT_IPA_BITS
@@ -113,6 +115,9 @@ class SpecVm:
             raise CapabilityMissing(
                 "KVM_CAP_ARM_EL2 is 0: vCPUs cannot have EL2 here; use HostConfig(nested=True)"
             )
+        if self._config.gic and self.kvm.has_run:
+            hint = "vCPUs must be created before the first one runs"
+            raise KvmError("KVM_CREATE_VCPU", errno.EBUSY, hint=hint)
         vcpu = SpecVcpu(self.kvm, config, self._lock, self._trace, self._can_pre_fault)
         self._vcpus.append(vcpu)
         if config.el2 and config.initialised:
@@ -264,6 +269,9 @@ def check_extension(host: Host, capability: int) -> int:
         constants.KVM_CAP_IMMEDIATE_EXIT: 1,
         constants.KVM_CAP_ARM_VM_IPA_SIZE: config.ipa_limit,
         constants.KVM_CAP_ARM_EL2: int(config.nested and not config.protected),
+        constants.KVM_CAP_ARM_EL2_E2H0: int(config.nested and not config.protected),
+        constants.KVM_CAP_ARM_PSCI_0_2: 1,
+        constants.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 3,
         constants.KVM_CAP_PRE_FAULT_MEMORY: int(not config.protected),
         constants.KVM_CAP_GUEST_MEMFD: int(not config.protected),
         constants.KVM_CAP_GUEST_MEMFD_FLAGS: 0 if config.protected else 3,
