@@ -91,6 +91,7 @@ class Observer:
             self._vm.install(program)
         self._vcpu = self._vm.create_vcpu(VcpuConfig(el2=self.nested))
         self._regions: dict[int, MemoryRegion] = {}
+        self._safe = True
 
     def close(self) -> None:
         """Close the VM."""
@@ -101,16 +102,9 @@ class Observer:
         yield self._add()
         for _ in range(steps):
             what = self._random.choices(
-                [
-                    self._access,
-                    self._pre_fault,
-                    self._add,
-                    self._delete,
-                    self._toggle_log,
-                    self._log,
-                    self._host,
-                ],
-                [10, 8, 3, 1, 2, 3, 2],
+                [self._access, self._pre_fault, self._add, self._delete, self._toggle_log, self._log]
+                + [self._host, self._advise, self._protect],
+                [10, 8, 3, 1, 2, 3, 2, 4, 1],
             )[0]
             with self._vm.count_faults() as faults:
                 result = what()
@@ -139,6 +133,8 @@ class Observer:
         return [name, gpa, *self._events()]
 
     def _put_return(self, gpa: int) -> bool:
+        if not self._safe:
+            return False
         try:
             self._vm.write_memory(gpa, RET)
         except PrefaultError:
@@ -216,6 +212,8 @@ class Observer:
 
     def _host(self) -> object:
         gpa = self._page()
+        if not self._safe:
+            return [gpa, "not safe"]
         try:
             self._vm.write_memory(gpa, b"prefault" * 3)
         except PrefaultError:

@@ -6,8 +6,10 @@ The HVA has the same remainder as the gpa modulo the block size, plus ``MemoryRe
 
 from __future__ import annotations
 
-from prefault.errors import UsageError
-from prefault.machine import FILE_CONTENTS, Backing, MemoryRegion, Resident
+import os
+
+from prefault.errors import CapabilityMissing, UsageError
+from prefault.machine import FILE_CONTENTS, Advice, Backing, MemoryRegion, Resident
 from prefault.spec.mm import File, Vma
 from prefault.spec.state import Host
 
@@ -31,11 +33,35 @@ def create(host: Host, region: MemoryRegion) -> Vma:
     end = -(-(hva + region.size) // huge) * huge
     vma = Vma(start, end, shared=region.backing not in _PRIVATE, file=_file(host, region, end - start, huge))
     vma.hugetlb = region.backing is Backing.HUGETLB
+    vma.nohugepage = region.backing in (Backing.PRIVATE, Backing.SHARED)
     vma.thp = region.backing is Backing.THP
     host.mm.mmap(vma)
     if region.resident is not Resident.NOTHING:
         host.mm.populate(hva, hva + region.size, write=region.resident is Resident.WRITE)
     return vma
+
+
+def advise(host: Host, hva: int, size: int, advice: Advice) -> None:
+    """madvise(2). KSM does nothing before ``Mm.ksm_merge``."""
+    mm, end = host.mm, hva + size
+    error = 0
+    match advice:
+        case Advice.DONTNEED:
+            mm.dontneed(hva, end)
+        case Advice.POPULATE_READ | Advice.POPULATE_WRITE:
+            error = mm.populate(hva, end, write=advice is Advice.POPULATE_WRITE)
+        case Advice.COLLAPSE:
+            error = mm.collapse(hva, end)
+        case Advice.HUGEPAGE | Advice.NOHUGEPAGE:
+            for vma in mm.isolate(hva, end):
+                vma.thp, vma.nohugepage = advice is Advice.HUGEPAGE, advice is Advice.NOHUGEPAGE
+        case Advice.HWPOISON:
+            error = next((ret for page in range(hva, end, mm.page_size) if (ret := mm.poison(page))), 0)
+    if error:
+        raise CapabilityMissing(
+            f"madvise(MADV_{advice.name}) of {size:#x} bytes failed: {os.strerror(-error)}; "
+            "this kernel lacks it, or memory is short: use another backing or less memory"
+        )
 
 
 def hva_of(host: Host, region: MemoryRegion, vma: Vma) -> int:

@@ -67,6 +67,7 @@ class Vma:
     :ivar shared: MAP_SHARED; a private file mapping is copied on write
     :ivar pfn: first frame of a VM_PFNMAP mapping, else 0
     :ivar thp: MADV_HUGEPAGE
+    :ivar nohugepage: MADV_NOHUGEPAGE
     :ivar hugetlb: the file's pages are huge, of the size 1 << file.shift
     :ivar missing: userfaultfd handler for pages that are not there
     :ivar minor: userfaultfd handler for pages of the file that are not mapped
@@ -84,6 +85,7 @@ class Vma:
     missing: FaultHandler | None = None
     minor: FaultHandler | None = None
     hugetlb: bool = False
+    nohugepage: bool = False
 
 
 class Mm:
@@ -136,7 +138,7 @@ class Mm:
             (one for one in self.vmas if one.start < end and start < one.end), key=lambda one: one.start
         )
 
-    def _isolate(self, start: int, end: int) -> list[Vma]:
+    def isolate(self, start: int, end: int) -> list[Vma]:
         """The VMAs of [start, end), cut at its ends. Mirrors: split_vma()"""
         for cut in (start, end):
             vma = self.vma_lookup(cut)
@@ -411,14 +413,14 @@ class Mm:
 
     def munmap(self, start: int, end: int) -> None:
         """munmap(2)."""
-        gone = self._isolate(start, end)
+        gone = self.isolate(start, end)
         with self._invalidation(start, end):
             self._zap(start, end)
             self.vmas = [vma for vma in self.vmas if vma not in gone]
 
     def mprotect(self, start: int, end: int, *, readable: bool, writable: bool) -> None:
         """mprotect(2)."""
-        vmas = self._isolate(start, end)
+        vmas = self.isolate(start, end)
         with self._invalidation(start, end):
             for vma in vmas:
                 vma.readable, vma.writable = readable, writable
@@ -476,14 +478,47 @@ class Mm:
         # KSM's own tree holds it, too: even the last user copies on write.
         self.mapcount[merged] += 1
 
-    def poison(self, hva: int) -> None:
-        """MADV_HWPOISON: the page is taken out of the table, and faults on it say so."""
-        self.populate(hva, hva + self.page_size, write=False)
+    def poison(self, hva: int) -> int:
+        """MADV_HWPOISON: the page is unmapped, and faults on it say so; 0 or a negative errno."""
+        ret = self.populate(hva, hva + self.page_size, write=False)
         self._split_pmd(hva)
         found = self.lookup(hva)
-        assert found
-        with self._invalidation(hva, hva + self.page_size):
-            self.memory.poisoned.add(self.pfn_of(hva, *found))
+        if ret or found is None:
+            return ret
+        pfn = self.pfn_of(hva, *found)
+        if pfn == self.memory.zero_pfn:
+            return -errno.EBUSY
+        start = hva >> found[1] << found[1]
+        with self._invalidation(start, start + (1 << found[1])):
+            self.memory.poisoned.add(pfn)
+        return 0
+
+    def collapse(self, start: int, end: int) -> int:
+        """MADV_COLLAPSE on private anonymous memory; 0 or a negative errno. Mirrors: collapse_huge_page()"""
+        size = 1 << self.pmd_shift
+        for hva in range(-(-start // size) * size, end - size + 1, size):
+            vma = self.vma_lookup(hva)
+            if vma is None or vma.file or vma.nohugepage or vma.start > hva or vma.end < hva + size:
+                return -errno.EINVAL
+            if hva >> self.pmd_shift not in self.ptes[self.pmd_shift] and not self._collapse(hva):
+                return -errno.EINVAL
+        return 0
+
+    def _collapse(self, hva: int) -> bool:
+        """Put the pages of a PMD into one THP."""
+        entries, count = self.ptes[self.page_shift], 1 << self.pmd_shift - self.page_shift
+        first = hva >> self.page_shift
+        there = [number for number in range(first, first + count) if number in entries]
+        if not there:
+            return False
+        with self._invalidation(hva, hva + (1 << self.pmd_shift)):
+            huge = self._allocate_pmd()
+            for number in there:
+                pfn = entries.pop(number) >> PFN_SHIFT
+                self.memory.copy(pfn, huge + number - first)
+                self._put(number << self.page_shift, pfn, self.page_shift)
+            self.ptes[self.pmd_shift][hva >> self.pmd_shift] = huge << PFN_SHIFT | WRITABLE
+        return True
 
     # Bytes, as the VMM itself reads and writes them.
 

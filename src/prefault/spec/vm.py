@@ -14,7 +14,17 @@ from prefault.abi import constants
 from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.guest.compile import compile_program
 from prefault.guest.program import EnterL2, L2Mapping, Program
-from prefault.machine import Backing, FaultCounts, Leaf, MemoryRegion, SlotFlags, VcpuConfig, VmConfig
+from prefault.machine import (
+    Access,
+    Advice,
+    Backing,
+    FaultCounts,
+    Leaf,
+    MemoryRegion,
+    SlotFlags,
+    VcpuConfig,
+    VmConfig,
+)
 from prefault.spec import backing, memslots, nested
 from prefault.spec.cpu import EC_IABT, EC_SHIFT, WNR
 from prefault.spec.descriptors import AF, LAST_LEVEL, S2AP_R, S2AP_W, TABLE, XN, Prot, executable
@@ -118,6 +128,8 @@ class SpecVm:
         if self._config.gic and self.kvm.has_run:
             hint = "vCPUs must be created before the first one runs"
             raise KvmError("KVM_CREATE_VCPU", errno.EBUSY, hint=hint)
+        if config.el2 and not self._config.gic:
+            raise UsageError("vCPUs with EL2 need an in-kernel GIC; create the VM with VmConfig(gic=True)")
         vcpu = SpecVcpu(self.kvm, config, self._lock, self._trace, self._can_pre_fault)
         self._vcpus.append(vcpu)
         if config.el2 and config.initialised:
@@ -146,6 +158,24 @@ class SpecVm:
         """Write guest memory from the host."""
         with self._lock:
             self._host.mm.write(self.hva_of(gpa, len(data)), data)
+
+    def advise(self, gpa: int, size: int, advice: Advice) -> None:
+        """madvise(2) on the host's mapping of ``[gpa, gpa+size)``, which lies in one memslot."""
+        with self._lock:
+            backing.advise(self._host, self.hva_of(gpa, size), size, advice)
+
+    def protect(self, gpa: int, size: int, access: Access) -> None:
+        """mprotect(2) on the host's mapping of ``[gpa, gpa+size)``, which lies in one memslot."""
+        with self._lock:
+            hva, writable = self.hva_of(gpa, size), access is Access.WRITE
+            readable = access is not Access.NONE
+            self._host.mm.mprotect(hva, hva + size, readable=readable, writable=writable)
+
+    def unmap(self, gpa: int, size: int) -> None:
+        """munmap(2) the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
+        with self._lock:
+            hva = self.hva_of(gpa, size)
+            self._host.mm.munmap(hva, hva + size)
 
     def hva_of(self, gpa: int, size: int = 1) -> int:
         """Where guest memory is in the VMM's."""
