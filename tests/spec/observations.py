@@ -100,10 +100,10 @@ class Observer:
     def observe(self, steps: int) -> Iterator[object]:
         """Do random things; what each one shows."""
         yield self._add()
+        plain = [self._access, self._pre_fault, self._add, self._delete, self._toggle_log, self._log]
         for _ in range(steps):
             what = self._random.choices(
-                [self._access, self._pre_fault, self._add, self._delete, self._toggle_log, self._log]
-                + [self._host, self._advise, self._protect],
+                [*plain, self._host, self._advise, self._protect],
                 [10, 8, 3, 1, 2, 3, 2, 4, 1],
             )[0]
             with self._vm.count_faults() as faults:
@@ -209,6 +209,28 @@ class Observer:
     def _log(self) -> object:
         logged = [one for one in self._regions.values() if one.flags & SlotFlags.LOG_DIRTY_PAGES]
         return [[one.slot, self._vm.get_dirty_log(one.slot)] for one in logged]
+
+    def _advise(self) -> object:
+        gpa, size = self._page(), 0x1000 * self._random.choice([1, 1, 2, 512])
+        advice = self._random.choice(
+            [Advice.DONTNEED, Advice.DONTNEED, Advice.POPULATE_READ, Advice.POPULATE_WRITE]
+        )
+        try:
+            self._vm.advise(gpa, size, advice)
+        except PrefaultError as error:
+            return [gpa, size, advice.value, type(error).__name__]
+        return [gpa, size, advice.value]
+
+    def _protect(self) -> object:
+        gpa, size = self._page(), 0x1000 * self._random.choice([1, 1, 2, 512])
+        access = self._random.choice([Access.READ, Access.WRITE, Access.NONE, Access.WRITE])
+        # From now on the VMM itself might fault.
+        self._safe = False
+        try:
+            self._vm.protect(gpa, size, access)
+        except PrefaultError as error:
+            return [gpa, size, access.value, type(error).__name__]
+        return [gpa, size, access.value]
 
     def _host(self) -> object:
         gpa = self._page()
