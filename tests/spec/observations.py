@@ -32,6 +32,8 @@ from prefault.guest.program import (
     Write,
 )
 from prefault.machine import (
+    Access,
+    Advice,
     Backing,
     Kvm,
     Leaf,
