@@ -97,3 +97,10 @@ def test_a_second_user_waits_for_the_lock(own_cache: Path) -> None:
         waited = time.monotonic() - began
     process.join()
     assert waited > 0.2
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(LabError, match="cannot be made"), cache.locked("kernel"):
+        pass

@@ -99,11 +99,15 @@ def write_file(path: Path, data: bytes) -> None:
 def locked(name: str) -> Iterator[None]:
     """Hold the lock of one part of the cache; others wait. The kernel drops it with the process."""
     path = root() / f"{name}.lock"
-    with _explained(path):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
+    except OSError as error:
+        raise LabError(
+            f"the cache folder {path.parent} cannot be made: {error.strerror}; set XDG_CACHE_HOME"
+        ) from error
+    with _explained(path), path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def need_space(where: Path, size: int, what: str) -> None:
