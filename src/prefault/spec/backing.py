@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 
-from prefault.errors import CapabilityMissing, UsageError
-from prefault.machine import FILE_CONTENTS, Advice, Backing, MemoryRegion, Resident
+from prefault.errors import CapabilityMissing, PrefaultError, UsageError
+from prefault.machine import FILE_CONTENTS, Access, Advice, Backing, MemoryRegion, Resident
 from prefault.spec.mm import File, Vma
 from prefault.spec.state import Host
 
@@ -47,7 +47,7 @@ def advise(host: Host, hva: int, size: int, advice: Advice) -> None:
     error = 0
     match advice:
         case Advice.DONTNEED:
-            mm.dontneed(hva, end)
+            error = mm.dontneed(hva, end)
         case Advice.POPULATE_READ | Advice.POPULATE_WRITE:
             error = mm.populate(hva, end, write=advice is Advice.POPULATE_WRITE)
         case Advice.COLLAPSE:
@@ -61,6 +61,16 @@ def advise(host: Host, hva: int, size: int, advice: Advice) -> None:
         raise CapabilityMissing(
             f"madvise(MADV_{advice.name}) of {size:#x} bytes failed: {os.strerror(-error)}; "
             "this kernel lacks it, or memory is short: use another backing or less memory"
+        )
+
+
+def protect(host: Host, hva: int, size: int, access: Access) -> None:
+    """mprotect(2)."""
+    readable, writable = access is not Access.NONE, access is Access.WRITE
+    error = host.mm.mprotect(hva, hva + size, readable=readable, writable=writable)
+    if error:
+        raise PrefaultError(
+            f"mprotect of {size:#x} bytes failed: {os.strerror(-error)}; hugetlb is protected by whole pages"
         )
 
 

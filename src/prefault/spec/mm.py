@@ -11,11 +11,10 @@ Mirrors: mm/memory.c, mm/gup.c, mm/huge_memory.c, mm/hugetlb.c, mm/mmu_notifier.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from prefault.errors import EHWPOISON
@@ -143,11 +142,26 @@ class Mm:
         for cut in (start, end):
             vma = self.vma_lookup(cut)
             if vma and vma.start < cut:
-                tail = dataclasses.replace(vma, start=cut, offset=vma.offset + cut - vma.start)
+                self._adjust_trans_huge(vma, cut)
+                tail = replace(vma, start=cut, offset=vma.offset + cut - vma.start)
                 vma.end = cut
                 self.vmas.append(tail)
-                self._split_pmd(cut)
         return self.vmas_in(start, end)
+
+    def _adjust_trans_huge(self, vma: Vma, cut: int) -> None:
+        """Before a VMA is cut, split a THP there; whether there is one is found out only afterwards.
+
+        Mirrors: vma_adjust_trans_huge(), __split_huge_pmd()
+        """
+        size = 1 << self.pmd_shift
+        start = cut & -size
+        if start == cut or start < vma.start or start + size > vma.end:
+            return
+        if cut >> self.pmd_shift in self.ptes[self.pmd_shift]:
+            self._split_pmd(cut)
+        elif any(self.lookup(hva) for hva in range(start, start + size, self.page_size)):
+            with self._invalidation(start, start + size):
+                pass
 
     # The page table.
 
@@ -403,30 +417,71 @@ class Mm:
             hva = (hva & -size) + size
         return 0
 
-    def dontneed(self, start: int, end: int) -> None:
-        """MADV_DONTNEED: drop the pages of a mapping that stays."""
+    def dontneed(self, start: int, end: int) -> int:
+        """MADV_DONTNEED: drop the pages of a mapping that stays; 0 or a negative errno."""
+        vma = self.vma_lookup(start)
+        if vma and vma.hugetlb and vma.file:
+            if start & ((1 << vma.file.shift) - 1):
+                return -errno.EINVAL
+            end = end >> vma.file.shift << vma.file.shift
+        if start == end:
+            return 0
         for hva in (start, end):
             if hva & ((1 << self.pmd_shift) - 1):
                 self._split_pmd(hva)
         with self._invalidation(start, end):
             self._zap(start, end)
+        return 0
 
-    def munmap(self, start: int, end: int) -> None:
-        """munmap(2)."""
+    def munmap(self, start: int, end: int) -> int:
+        """munmap(2); 0 or a negative errno."""
+        if self._cuts_huge_page(start, end):
+            return -errno.EINVAL
         gone = self.isolate(start, end)
         with self._invalidation(start, end):
             self._zap(start, end)
-            self.vmas = [vma for vma in self.vmas if vma not in gone]
+            self.vmas = [vma for vma in self.vmas if not any(vma is one for one in gone)]
+        return 0
 
-    def mprotect(self, start: int, end: int, *, readable: bool, writable: bool) -> None:
-        """mprotect(2)."""
-        vmas = self.isolate(start, end)
-        with self._invalidation(start, end):
-            for vma in vmas:
-                vma.readable, vma.writable = readable, writable
-            for shift, entries in self.ptes.items():
-                for number in [n for n in entries if start <= n << shift < end]:
-                    self._protect(entries, number, shift, writable)
+    def _cuts_huge_page(self, start: int, end: int) -> bool:
+        """Whether an end of the range is within a hugetlb page. Mirrors: hugetlb_vm_op_split()"""
+        for cut in (start, end):
+            vma = self.vma_lookup(cut)
+            if vma and vma.hugetlb and vma.file and cut & ((1 << vma.file.shift) - 1) and vma.start != cut:
+                return True
+        return False
+
+    def mprotect(self, start: int, end: int, *, readable: bool, writable: bool) -> int:
+        """mprotect(2); 0 or a negative errno. Where nothing changes, nobody is told."""
+        for vma in self.vmas_in(start, end):
+            if (vma.readable, vma.writable) == (readable, writable):
+                continue
+            first, last = max(start, vma.start), min(end, vma.end)
+            if self._cuts_huge_page(first, last):
+                return -errno.EINVAL
+            (part,) = self.isolate(first, last)
+            with self._invalidation(first, last):
+                part.readable, part.writable = readable, writable
+                for shift, entries in self.ptes.items():
+                    for number in [n for n in entries if first <= n << shift < last]:
+                        self._protect(entries, number, shift, writable)
+        self._merge_vmas()
+        return 0
+
+    def _merge_vmas(self) -> None:
+        """Join neighbours that differ in nothing. Mirrors: vma_merge()"""
+        merged: list[Vma] = []
+        for vma in sorted(self.vmas, key=lambda one: one.start):
+            last = merged[-1] if merged else None
+            if last and last.end == vma.start:
+                follows = last.offset + vma.start - last.start if vma.file else last.offset
+                if replace(vma, start=last.start, end=last.end, offset=last.offset) == last and (
+                    not vma.file or follows == vma.offset
+                ):
+                    last.end = vma.end
+                    continue
+            merged.append(vma)
+        self.vmas = merged
 
     def _protect(self, entries: dict[int, int], number: int, shift: int, writable: bool) -> None:
         """Mirrors: change_pte_range()"""
@@ -440,7 +495,7 @@ class Mm:
     def fork(self) -> Mm:
         """A child with the same private pages; both copy on write from now on. Mirrors: copy_page_range()"""
         child = Mm(self.memory)
-        child.vmas = [dataclasses.replace(vma) for vma in self.vmas]
+        child.vmas = [replace(vma) for vma in self.vmas]
         child.mapcount = self.mapcount
         for vma in self.vmas:
             if not vma.shared and not vma.pfn:

@@ -167,9 +167,7 @@ class SpecVm:
     def protect(self, gpa: int, size: int, access: Access) -> None:
         """mprotect(2) on the host's mapping of ``[gpa, gpa+size)``, which lies in one memslot."""
         with self._lock:
-            hva, writable = self.hva_of(gpa, size), access is Access.WRITE
-            readable = access is not Access.NONE
-            self._host.mm.mprotect(hva, hva + size, readable=readable, writable=writable)
+            backing.protect(self._host, self.hva_of(gpa, size), size, access)
 
     def unmap(self, gpa: int, size: int) -> None:
         """munmap(2) the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
