@@ -357,9 +357,8 @@ class Mm:
         found = self.lookup(hva)
         if found is None or not found[0] & WRITABLE:
             return None
-        vma = self.vma_lookup(hva)
         pfn = self.pfn_of(hva, *found)
-        return None if vma is None or vma.pfn or pfn in self.memory.poisoned else self.pin(pfn)
+        return None if pfn in self.memory.poisoned else self.pin(pfn)
 
     def get_user_page(self, hva: int, *, write: bool) -> int:
         """The frame of an address, faulted in if need be, or a negative errno.

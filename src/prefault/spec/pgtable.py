@@ -64,6 +64,7 @@ class PageTable:
         self._address = (1 << 48) - granule.page_size
         self._attributes: dict[int, int] = {}
         self._shifts = {level: granule.shift(level) for level in range(self.start_level, LAST_LEVEL + 1)}
+        self._levels = tuple(self._shifts.items())
 
     # Looking.
 
@@ -81,7 +82,7 @@ class PageTable:
             raise ValueError(f"ipa {ipa:#x} is beyond {self.ia_bits} bits")
         table = self.pgd[ipa >> self._pgd_shift]
         mask, tables, address = self.granule.mask, self.memory.tables, self._address
-        for level, shift in self._shifts.items():
+        for level, shift in self._levels:
             index = ipa >> shift & mask
             pte = table.entries[index]
             if pte & _IS_TABLE != _IS_TABLE or level == LAST_LEVEL:

@@ -130,7 +130,8 @@ class Srcu:
 
     def read_lock(self) -> int:
         """srcu_read_lock(); the result is for read_unlock."""
-        step(f"{self.name}.read_lock")
+        if _scheduler is not None:
+            _scheduler.step(f"{self.name}.read_lock")
         self._next += 1
         self._active.add(self._next)
         return self._next
@@ -138,7 +139,8 @@ class Srcu:
     def read_unlock(self, token: int) -> None:
         """srcu_read_unlock()."""
         self._active.discard(token)
-        step(f"{self.name}.read_unlock")
+        if _scheduler is not None:
+            _scheduler.step(f"{self.name}.read_unlock")
 
     def synchronize(self) -> None:
         """synchronize_srcu()."""
