@@ -66,3 +66,8 @@ def test_the_shell_has_the_terminal_and_no_job_port() -> None:
 def test_what_cannot_be_is_refused_with_what_can(bad: dict[str, str | int], text: str) -> None:
     with pytest.raises(UsageError, match=text):
         MachineOptions(**bad)  # type: ignore[arg-type]  # wrong values on purpose
+
+
+def test_under_icount_programs_always_lie_at_the_same_addresses() -> None:
+    assert "norandmaps" in kernel_arguments(MachineOptions(icount=True)).split()
+    assert "norandmaps" not in kernel_arguments(MachineOptions()).split()

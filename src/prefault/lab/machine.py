@@ -61,7 +61,9 @@ def kernel_arguments(options: MachineOptions) -> str:
         "panic=-1",
         f"kvm-arm.mode={options.mode}",
     )
-    return " ".join((*fixed, *options.append))
+    # Where a program's memory lies changes what it costs, by percents.
+    same_every_time = ("norandmaps",) if options.icount else ()
+    return " ".join((*fixed, *same_every_time, *options.append))
 
 
 def _board(options: MachineOptions) -> list[str]:
