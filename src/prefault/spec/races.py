@@ -145,12 +145,12 @@ class Race:
                 raise Violation(f"the TLB has ipa {page * PAGE:#x} at a frame that the host has taken back")
 
     def _data_leaves(self) -> Iterator[tuple[int, int]]:
-        """(IPA, descriptor) of what is mapped of the slot that is raced for."""
-        pgt = self.vm.kvm.mmu.pgt
-        for ipa in range(DATA, DATA + self.region.size, PAGE):
-            pte, _ = pgt.get_leaf(ipa)
-            if pte & VALID:
-                yield ipa, pte
+        """(IPA, descriptor) of what is mapped of the slot that is raced for; L2 has it one to one."""
+        for mmu in self._mmus():
+            for ipa in range(DATA, DATA + self.region.size, PAGE):
+                pte, _ = mmu.pgt.get_leaf(ipa)
+                if pte & VALID:
+                    yield ipa, pte
 
     def _check_coherent(self) -> None:
         pgt = self.vm.kvm.mmu.pgt
@@ -205,12 +205,15 @@ def _guest(step: Step, other: str = "", resident: Resident = Resident.NOTHING) -
     return make
 
 
-def _l2(faults: Faults) -> Race:
-    race = Race(faults, nested=True)
-    mapping = L2Mapping(DATA, DATA, PAGE)
-    guest = race.guest(race.vcpus[1], EnterL2((Read(DATA),), (mapping,)))
-    race.actors = {"pre-fault": race.pre_fault, "L2": guest, "TLBI": race.tlbi}
-    return race
+def _l2(other: str) -> Make:
+    def make(faults: Faults) -> Race:
+        race = Race(faults, nested=True)
+        mapping = L2Mapping(DATA, DATA, PAGE)
+        guest = race.guest(race.vcpus[1], EnterL2((Read(DATA),), (mapping,)))
+        race.actors = {"pre-fault": race.pre_fault, "L2": guest, other: getattr(race, other)}
+        return race
+
+    return make
 
 
 RACES: dict[str, Make] = {
@@ -224,6 +227,7 @@ RACES: dict[str, Make] = {
     "prefault-write": _guest(Write(DATA, 1)),
     "prefault-write-madvise": _guest(Write(DATA, 1), "dontneed", Resident.READ),
     "prefault-write-log": _guest(Write(DATA, 1), "start_log", Resident.WRITE),
-    "prefault-l2-tlbi": _l2,
+    "prefault-l2-tlbi": _l2("tlbi"),
+    "prefault-l2-madvise": _l2("dontneed"),
 }
 """By name: what races, the pre-fault first."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from prefault.spec.descriptors import Granule
 from prefault.spec.memory import PhysicalMemory, Table
-from prefault.spec.mm import File, Mm
+from prefault.spec.mm import File
 from prefault.spec.pgtable import PageTable
+from prefault.spec.process import Process
 from prefault.spec.steps import RwLock, Srcu
 
 INVALID = 1 << 16
@@ -65,7 +66,7 @@ class Host:
         self.config = config
         self.faults = faults
         self.memory = PhysicalMemory(config.granule.page_shift)
-        self.mm = Mm(self.memory)
+        self.mm = Process(self.memory)
         self.signal_pending = False
         self._sigbus = False
 

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The VMM's process: the system calls, and the doings of the host, that change its memory.
+
+Mirrors: mm/madvise.c, mm/mprotect.c, mm/vma.c, mm/ksm.c, mm/khugepaged.c, mm/memory-failure.c, kernel/fork.c
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import replace
+
+from prefault.spec.mm import PFN_SHIFT, WRITABLE, Mm, Vma
+
+
+class Process(Mm):
+    """An address space with what can be asked of it."""
+
+    def populate(self, start: int, end: int, *, write: bool) -> int:
+        """MADV_POPULATE_READ, MADV_POPULATE_WRITE."""
+        hva = start
+        while hva < end:
+            found = self.lookup(hva)
+            if found is None or (write and not found[0] & WRITABLE):
+                ret = self.fault(hva, write=write)
+                if ret:
+                    return ret
+                found = self.lookup(hva)
+            size = 1 << found[1] if found else self.page_size
+            hva = (hva & -size) + size
+        return 0
+
+    def dontneed(self, start: int, end: int) -> int:
+        """MADV_DONTNEED: drop the pages of a mapping that stays; 0 or a negative errno."""
+        vma = self.vma_lookup(start)
+        if vma and vma.hugetlb and vma.file:
+            if start & ((1 << vma.file.shift) - 1):
+                return -errno.EINVAL
+            end = end >> vma.file.shift << vma.file.shift
+        if start == end:
+            return 0
+        for hva in (start, end):
+            if hva & ((1 << self.pmd_shift) - 1):
+                self._split_pmd(hva)
+        with self._invalidation(start, end):
+            self._zap(start, end)
+        return 0
+
+    def munmap(self, start: int, end: int) -> int:
+        """munmap(2); 0 or a negative errno."""
+        if self._cuts_huge_page(start, end):
+            return -errno.EINVAL
+        gone = self.isolate(start, end)
+        with self._invalidation(start, end):
+            self._zap(start, end)
+            self.vmas = [vma for vma in self.vmas if not any(vma is one for one in gone)]
+        return 0
+
+    def _cuts_huge_page(self, start: int, end: int) -> bool:
+        """Whether an end of the range is within a hugetlb page. Mirrors: hugetlb_vm_op_split()"""
+        for cut in (start, end):
+            vma = self.vma_lookup(cut)
+            if vma and vma.hugetlb and vma.file and cut & ((1 << vma.file.shift) - 1) and vma.start != cut:
+                return True
+        return False
+
+    def mprotect(self, start: int, end: int, *, readable: bool, writable: bool) -> int:
+        """mprotect(2); 0 or a negative errno. Where nothing changes, nobody is told."""
+        for vma in self.vmas_in(start, end):
+            if (vma.readable, vma.writable) == (readable, writable):
+                continue
+            first, last = max(start, vma.start), min(end, vma.end)
+            if self._cuts_huge_page(first, last):
+                return -errno.EINVAL
+            (part,) = self.isolate(first, last)
+            with self._invalidation(first, last):
+                part.readable, part.writable = readable, writable
+                for shift, entries in self.ptes.items():
+                    for number in [n for n in entries if first <= n << shift < last]:
+                        self._protect(entries, number, shift, writable)
+        self._merge_vmas()
+        return 0
+
+    def _merge_vmas(self) -> None:
+        """Join neighbours that differ in nothing. Mirrors: vma_merge()"""
+        merged: list[Vma] = []
+        for vma in sorted(self.vmas, key=lambda one: one.start):
+            last = merged[-1] if merged else None
+            if last and last.end == vma.start:
+                follows = last.offset + vma.start - last.start if vma.file else last.offset
+                if replace(vma, start=last.start, end=last.end, offset=last.offset) == last and (
+                    not vma.file or follows == vma.offset
+                ):
+                    last.end = vma.end
+                    continue
+            merged.append(vma)
+        self.vmas = merged
+
+    def _protect(self, entries: dict[int, int], number: int, shift: int, writable: bool) -> None:
+        """Mirrors: change_pte_range()"""
+        vma = self.vma_lookup(number << shift)
+        assert vma
+        if not writable:
+            entries[number] &= ~WRITABLE
+        elif not vma.shared and self._exclusive(vma, number << shift, entries[number] >> PFN_SHIFT):
+            entries[number] |= WRITABLE
+
+    def fork(self) -> Process:
+        """A child with the same private pages; both copy on write from now on. Mirrors: copy_page_range()"""
+        child = Process(self.memory)
+        child.vmas = [replace(vma) for vma in self.vmas]
+        child.mapcount = self.mapcount
+        for vma in self.vmas:
+            if not vma.shared and not vma.pfn:
+                with self._invalidation(vma.start, vma.end):
+                    self._share(child, vma)
+        return child
+
+    def _share(self, child: Process, vma: Vma) -> None:
+        for shift, entries in self.ptes.items():
+            for number in [n for n in entries if vma.start <= n << shift < vma.end]:
+                entries[number] &= ~WRITABLE
+                pfn = entries[number] >> PFN_SHIFT
+                self.mapcount[pfn] = max(1, self.mapcount[pfn]) + 1
+                child.ptes.setdefault(shift, {})[number] = entries[number]
+
+    def exit(self) -> None:
+        """The process of a forked Mm ends."""
+        for vma in list(self.vmas):
+            self.munmap(vma.start, vma.end)
+
+    def ksm_merge(self, addresses: list[int]) -> None:
+        """KSM finds that the private pages at these addresses are the same.
+
+        Mirrors: try_to_merge_one_page()
+        """
+        entries = self.ptes[self.page_shift]
+        merged = self.memory.allocate()
+        self.memory.copy(entries[addresses[0] >> self.page_shift] >> PFN_SHIFT, merged)
+        for hva in addresses:
+            with self._invalidation(hva, hva + self.page_size):
+                old = entries[hva >> self.page_shift] >> PFN_SHIFT
+                self._put(hva, old, self.page_shift)
+                entries[hva >> self.page_shift] = merged << PFN_SHIFT
+                self.mapcount[merged] += 1
+        # KSM's own tree holds it, too: even the last user copies on write.
+        self.mapcount[merged] += 1
+
+    def poison(self, hva: int) -> int:
+        """MADV_HWPOISON: the page is unmapped, and faults on it say so; 0 or a negative errno."""
+        ret = self.populate(hva, hva + self.page_size, write=False)
+        self._split_pmd(hva)
+        found = self.lookup(hva)
+        if ret or found is None:
+            return ret
+        pfn = self.pfn_of(hva, *found)
+        if pfn == self.memory.zero_pfn:
+            return -errno.EBUSY
+        start = hva >> found[1] << found[1]
+        with self._invalidation(start, start + (1 << found[1])):
+            self.memory.poisoned.add(pfn)
+        return 0
+
+    def collapse(self, start: int, end: int) -> int:
+        """MADV_COLLAPSE on private anonymous memory; 0 or a negative errno. Mirrors: collapse_huge_page()"""
+        size = 1 << self.pmd_shift
+        for hva in range(-(-start // size) * size, end - size + 1, size):
+            vma = self.vma_lookup(hva)
+            if vma is None or vma.file or vma.nohugepage or vma.start > hva or vma.end < hva + size:
+                return -errno.EINVAL
+            if hva >> self.pmd_shift not in self.ptes[self.pmd_shift] and not self._collapse(hva):
+                return -errno.EINVAL
+        return 0
+
+    def _collapse(self, hva: int) -> bool:
+        """Put the pages of a PMD into one THP."""
+        entries, count = self.ptes[self.page_shift], 1 << self.pmd_shift - self.page_shift
+        first = hva >> self.page_shift
+        there = [number for number in range(first, first + count) if number in entries]
+        if not there:
+            return False
+        with self._invalidation(hva, hva + (1 << self.pmd_shift)):
+            huge = self._allocate_pmd()
+            for number in there:
+                pfn = entries.pop(number) >> PFN_SHIFT
+                self.memory.copy(pfn, huge + number - first)
+                self._put(number << self.page_shift, pfn, self.page_shift)
+            self.ptes[self.pmd_shift][hva >> self.pmd_shift] = huge << PFN_SHIFT | WRITABLE
+        return True
+
+    # Bytes, as the VMM itself reads and writes them.
+
+    def read(self, hva: int, size: int) -> bytes:
+        """Read memory, faulting it in."""
+        return b"".join(self.memory.read(pa, length) for pa, length in self._accesses(hva, size, write=False))
+
+    def write(self, hva: int, data: bytes) -> None:
+        """Write memory, faulting it in."""
+        done = 0
+        for pa, length in self._accesses(hva, len(data), write=True):
+            self.memory.write(pa, data[done : done + length])
+            done += length
+
+    def _accesses(self, hva: int, size: int, *, write: bool) -> Iterator[tuple[int, int]]:
+        end = hva + size
+        while hva < end:
+            found = self.lookup(hva)
+            if found is None or (write and not found[0] & WRITABLE):
+                ret = self.fault(hva, write=write)
+                if ret:
+                    raise OSError(-ret, f"no memory at hva {hva:#x}")
+                continue
+            if self.donated and self.pfn_of(hva, *found) in self.donated:
+                raise OSError(errno.EFAULT, f"the memory at hva {hva:#x} is a protected guest's")
+            length = min(end - hva, self.page_size - hva % self.page_size)
+            yield self.pfn_of(hva, *found) << self.page_shift | hva % self.page_size, length
+            hva += length
