@@ -98,6 +98,8 @@ class PageTable:
     def _leaves(self, table: Table, level: int, ipa: int) -> Iterator[tuple[int, int, int]]:
         size = self.granule.size(level)
         for index, pte in enumerate(table.entries) if table.refs > 1 else ():
+            if not pte:
+                continue
             if self.is_table(pte, level):
                 yield from self._leaves(self.child(pte), level + 1, ipa + index * size)
             elif pte & VALID:

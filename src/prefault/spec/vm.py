@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 from collections.abc import Iterable
 from threading import RLock
 from types import TracebackType
@@ -37,6 +38,8 @@ from prefault.spec.unmap import KvmNotifier
 from prefault.spec.vcpu import SpecVcpu
 
 _DEFAULT_IPA_BITS = 40
+_compile = functools.lru_cache(256)(compile_program)
+"""The same program is installed in many VMs, when scenarios are repeated and orders explored."""
 _HINT = "slots must not overlap, and must lie below the VM's IPA limit"
 
 
@@ -141,7 +144,7 @@ class SpecVm:
 
     def install(self, program: Program) -> None:
         """Write the code and data of a guest program into guest memory."""
-        image = compile_program(program, self._host.config.page_size)
+        image = _compile(program, self._host.config.page_size)
         self.write_memory(image.base, image.data)
         for step in program.steps:
             if isinstance(step, EnterL2):
