@@ -38,6 +38,12 @@ from prefault.spec.unmap import KvmNotifier
 from prefault.spec.vcpu import SpecVcpu
 
 _DEFAULT_IPA_BITS = 40
+_NOT_FOR_PROTECTED_VMS = (
+    constants.KVM_CAP_READONLY_MEM,
+    constants.KVM_CAP_ONE_REG,
+    constants.KVM_CAP_IMMEDIATE_EXIT,
+)
+"""Mirrors: kvm_pkvm_ext_allowed()"""
 _compile = functools.lru_cache(256)(compile_program)
 """The same program is installed in many VMs, when scenarios are repeated and orders explored."""
 _HINT = "slots must not overlap, and must lie below the VM's IPA limit"
@@ -120,6 +126,8 @@ class SpecVm:
 
     def check_extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION on this VM."""
+        if self.kvm.protected and capability in _NOT_FOR_PROTECTED_VMS:
+            return 0
         return check_extension(self._host, capability)
 
     def create_vcpu(self, config: VcpuConfig = VcpuConfig()) -> SpecVcpu:  # noqa: B008 - frozen
@@ -304,8 +312,8 @@ def check_extension(host: Host, capability: int) -> int:
         constants.KVM_CAP_ARM_PSCI_0_2: 1,
         constants.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 3,
         constants.KVM_CAP_PRE_FAULT_MEMORY: int(not config.protected),
-        constants.KVM_CAP_GUEST_MEMFD: int(not config.protected),
-        constants.KVM_CAP_GUEST_MEMFD_FLAGS: 0 if config.protected else 3,
+        constants.KVM_CAP_GUEST_MEMFD: 1,
+        constants.KVM_CAP_GUEST_MEMFD_FLAGS: 3,
     }
     return values.get(capability, 0)
 
