@@ -105,8 +105,8 @@ class Observer:
         plain = [self._access, self._pre_fault, self._add, self._delete, self._toggle_log, self._log]
         for _ in range(steps):
             what = self._random.choices(
-                [*plain, self._host, self._advise, self._protect],
-                [10, 8, 3, 1, 2, 3, 2, 4, 1],
+                [*plain, self._host, self._advise, self._protect, self._unmap],
+                [20, 16, 6, 2, 4, 6, 4, 10, 2, 1],
             )[0]
             with self._vm.count_faults() as faults:
                 result = what()
@@ -214,14 +214,24 @@ class Observer:
 
     def _advise(self) -> object:
         gpa, size = self._page(), 0x1000 * self._random.choice([1, 1, 2, 512])
-        advice = self._random.choice(
-            [Advice.DONTNEED, Advice.DONTNEED, Advice.POPULATE_READ, Advice.POPULATE_WRITE]
-        )
+        choices = [Advice.DONTNEED, Advice.DONTNEED, Advice.POPULATE_READ, Advice.POPULATE_WRITE]
+        advice = self._random.choice([*choices, Advice.COLLAPSE, Advice.HUGEPAGE, Advice.NOHUGEPAGE])
+        if advice is Advice.COLLAPSE:
+            gpa, size = gpa & -BLOCK, BLOCK
         try:
             self._vm.advise(gpa, size, advice)
         except PrefaultError as error:
             return [gpa, size, advice.value, type(error).__name__]
         return [gpa, size, advice.value]
+
+    def _unmap(self) -> object:
+        gpa, size = self._page(), 0x1000 * self._random.choice([1, 1, 2, 512])
+        self._safe = False
+        try:
+            self._vm.unmap(gpa, size)
+        except PrefaultError as error:
+            return [gpa, size, type(error).__name__]
+        return [gpa, size]
 
     def _protect(self) -> object:
         gpa, size = self._page(), 0x1000 * self._random.choice([1, 1, 2, 512])

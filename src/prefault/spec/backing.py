@@ -53,8 +53,7 @@ def advise(host: Host, hva: int, size: int, advice: Advice) -> None:
         case Advice.COLLAPSE:
             error = mm.collapse(hva, end)
         case Advice.HUGEPAGE | Advice.NOHUGEPAGE:
-            for vma in mm.isolate(hva, end):
-                vma.thp, vma.nohugepage = advice is Advice.HUGEPAGE, advice is Advice.NOHUGEPAGE
+            error = mm.advise_hugepage(hva, end, wanted=advice is Advice.HUGEPAGE)
         case Advice.HWPOISON:
             error = next((ret for page in range(hva, end, mm.page_size) if (ret := mm.poison(page))), 0)
     if error:

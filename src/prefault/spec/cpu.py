@@ -90,7 +90,7 @@ class Cpu:
 
     def execute(self) -> None:
         """Execute until a Trap is raised; ``pc`` is then that of the instruction that did not complete."""
-        mask = self._mask
+        mask, decoded = self._mask, _decoded.get
         while True:
             tlb, pc = self.mmu.pgt.tlb, self.pc
             words = self._fetch(pc)
@@ -98,7 +98,7 @@ class Cpu:
             last = first + mask
             while first <= pc <= last and tlb.generation == generation:
                 word = words[(pc & mask) >> 2]
-                operation = _decoded.get(word)
+                operation = decoded(word)
                 if operation is None:
                     operation = _decoded[word] = decode(word)
                 pc = self.pc = operation(self, pc)

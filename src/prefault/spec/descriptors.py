@@ -72,11 +72,14 @@ class Granule:
     """Number of entries of a table, minus 1."""
     page_size: int = field(init=False)
     """Bytes of a page, and of a table."""
+    _sizes: list[int] = field(init=False, compare=False, repr=False)
+    """By level, -1 last."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride", self.page_shift - 3)
         object.__setattr__(self, "mask", (1 << self.stride) - 1)
         object.__setattr__(self, "page_size", 1 << self.page_shift)
+        object.__setattr__(self, "_sizes", [1 << self.shift(level) for level in (*range(LAST_LEVEL + 1), -1)])
 
     @property
     def min_block_level(self) -> int:
@@ -89,7 +92,7 @@ class Granule:
 
     def size(self, level: int) -> int:
         """Bytes that an entry of a level spans. Mirrors: kvm_granule_size()"""
-        return 1 << self.shift(level)
+        return self._sizes[level]
 
     def level_of(self, size: int) -> int:
         """The level whose leaves have a size."""

@@ -81,6 +81,19 @@ class Process(Mm):
         self._merge_vmas()
         return 0
 
+    def advise_hugepage(self, start: int, end: int, *, wanted: bool) -> int:
+        """MADV_HUGEPAGE, MADV_NOHUGEPAGE; 0 or a negative errno. Mirrors: hugepage_madvise()"""
+        for vma in self.vmas_in(start, end):
+            if (vma.thp, vma.nohugepage) == (wanted, not wanted):
+                continue
+            first, last = max(start, vma.start), min(end, vma.end)
+            if self._cuts_huge_page(first, last):
+                return -errno.EINVAL
+            (part,) = self.isolate(first, last)
+            part.thp, part.nohugepage = wanted, not wanted
+        self._merge_vmas()
+        return 0
+
     def _merge_vmas(self) -> None:
         """Join neighbours that differ in nothing. Mirrors: vma_merge()"""
         merged: list[Vma] = []
