@@ -151,6 +151,8 @@ class Mm:
     def _adjust_trans_huge(self, vma: Vma, cut: int) -> None:
         """Before a VMA is cut, split a THP there; whether there is one is found out only afterwards.
 
+        mm_find_pmd() asks for no more than a table of PMDs, which the VMM has for other memory near by.
+
         Mirrors: vma_adjust_trans_huge(), __split_huge_pmd()
         """
         size = 1 << self.pmd_shift
@@ -159,7 +161,7 @@ class Mm:
             return
         if cut >> self.pmd_shift in self.ptes[self.pmd_shift]:
             self._split_pmd(cut)
-        elif any(self.lookup(hva) for hva in range(start, start + size, self.page_size)):
+        else:
             with self._invalidation(start, start + size):
                 pass
 
@@ -273,9 +275,9 @@ class Mm:
     def _fault_around(self, vma: Vma, hva: int, file: File, writable: bool) -> None:
         """Map what is in the page cache near an address. Mirrors: do_fault_around()"""
         entries, shift = self.ptes[file.shift], file.shift
-        first = max(hva & -_FAULT_AROUND, vma.start) >> shift
-        last = min((hva & -_FAULT_AROUND) + _FAULT_AROUND, vma.end) >> shift
-        for number in range(first, last):
+        start = max(hva & -_FAULT_AROUND, vma.start)
+        end = min(start + _FAULT_AROUND, (hva >> self.pmd_shift) + 1 << self.pmd_shift, vma.end)
+        for number in range(start >> shift, end >> shift):
             pfn = file.pages.get(self._index(vma, number << shift))
             if pfn is not None and number not in entries and pfn not in self.memory.poisoned:
                 entries[number] = pfn << PFN_SHIFT | writable
