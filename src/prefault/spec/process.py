@@ -30,10 +30,26 @@ class Process(Mm):
             hva = (hva & -size) + size
         return 0
 
+    def _has_hole(self, start: int, end: int) -> bool:
+        """Whether some of a range is not mapped; the calls then fail with ENOMEM, but do the rest."""
+        for vma in self.vmas_in(start, end):
+            if vma.start > start:
+                return True
+            start = vma.end
+        return start < end
+
     def dontneed(self, start: int, end: int) -> int:
         """MADV_DONTNEED: drop the pages of a mapping that stays; 0 or a negative errno."""
-        vma = self.vma_lookup(start)
-        if vma and vma.hugetlb and vma.file:
+        hole = self._has_hole(start, end)
+        for vma in self.vmas_in(start, end):
+            ret = self._dontneed(vma, max(start, vma.start), min(end, vma.end))
+            if ret:
+                return ret
+        return -errno.ENOMEM if hole else 0
+
+    def _dontneed(self, vma: Vma, start: int, end: int) -> int:
+        """Mirrors: madvise_dontneed_free()"""
+        if vma.hugetlb and vma.file:
             if start & ((1 << vma.file.shift) - 1):
                 return -errno.EINVAL
             end = end >> vma.file.shift << vma.file.shift
@@ -66,7 +82,11 @@ class Process(Mm):
 
     def mprotect(self, start: int, end: int, *, readable: bool, writable: bool) -> int:
         """mprotect(2); 0 or a negative errno. Where nothing changes, nobody is told."""
+        reached = start
         for vma in self.vmas_in(start, end):
+            if vma.start > reached:
+                break
+            reached = vma.end
             if (vma.readable, vma.writable) == (readable, writable):
                 continue
             first, last = max(start, vma.start), min(end, vma.end)
@@ -79,7 +99,7 @@ class Process(Mm):
                     for number in [n for n in entries if first <= n << shift < last]:
                         self._protect(entries, number, shift, writable)
         self._merge_vmas()
-        return 0
+        return -errno.ENOMEM if reached < end else 0
 
     def advise_hugepage(self, start: int, end: int, *, wanted: bool) -> int:
         """MADV_HUGEPAGE, MADV_NOHUGEPAGE; 0 or a negative errno. Mirrors: hugepage_madvise()"""
@@ -92,7 +112,7 @@ class Process(Mm):
             (part,) = self.isolate(first, last)
             part.thp, part.nohugepage = wanted, not wanted
         self._merge_vmas()
-        return 0
+        return -errno.ENOMEM if self._has_hole(start, end) else 0
 
     def _merge_vmas(self) -> None:
         """Join neighbours that differ in nothing. Mirrors: vma_merge()"""
