@@ -120,6 +120,7 @@ class PrivateApt:
             "Dir::Cache": self._folder / "cache",
             "Dir::Cache::archives": "archives",
             "APT::Sandbox::User": "root",  # the sandbox user cannot write into a private folder
+            "APT::Keep-Downloaded-Packages": "false",
             "Acquire::Languages": "none",
             "Acquire::Retries": "3",
         }
