@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from prefault.errors import PrefaultError
 from prefault.lab import build, rootfs, tools
+
+# A shell starts what runs in the background with SIGINT ignored, and the commands that tests interrupt would
+# inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SKIPPED = pytest.StashKey[tuple[int, str]]()
 

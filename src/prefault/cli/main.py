@@ -64,12 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     argv = list(sys.argv[1:] if arguments is None else arguments)
     ctx: click.Context | None = None
+    status: int = ExitCode.DONE
     try:
-        with root.make_context("prefault", list(argv)) as ctx:
-            root.invoke(ctx)
-        sys.stdout.flush()
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
+        try:
+            with root.make_context("prefault", list(argv)) as ctx:
+                root.invoke(ctx)
+        except click.exceptions.Exit as leave:
+            status = leave.exit_code
+        sys.stdout.flush()  # here, where an error of it can still be told
     except BrokenPipeError:
         _forget_stdout()
         return BROKEN_PIPE
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if output.wants_json(ctx) or ("--json" in argv and isinstance(error, click.ClickException)):
             _emit(failure, " ".join(_command_words(argv)))
         return failure.exit_code
-    return ExitCode.DONE
+    return status
 
 
 @dataclass(frozen=True)
