@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Of wrong usage, the option parser may have stopped before it came to --json.
         if output.wants_json(ctx) or ("--json" in argv and isinstance(error, click.ClickException)):
             _emit(failure, " ".join(_command_words(argv)))
+        _flush_if_possible()
         return failure.exit_code
     return status
 
@@ -123,10 +125,15 @@ def _plain_attributes(error: PrefaultError) -> dict[str, object]:
 
 def _emit(failure: Failure, command: str) -> None:
     facts = {"type": failure.type, "message": failure.message, "exit_code": int(failure.exit_code)}
-    try:
+    with contextlib.suppress(OSError):  # standard output may be what failed
         output.emit_error(command, {**facts, **failure.attributes})
+
+
+def _flush_if_possible() -> None:
+    """Leave nothing for the interpreter to flush, and to fail with, at its end."""
+    try:
         sys.stdout.flush()
-    except OSError:  # standard output is what failed
+    except OSError:
         _forget_stdout()
 
 
