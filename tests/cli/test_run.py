@@ -77,8 +77,8 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> FakeLab:
 
 
 def test_the_options_become_the_walk_and_the_machine(lab: FakeLab) -> None:
-    words = "run --size 8M --backing thp --resident read --vcpus 2 --nested --writes 12.5 --prefault 50"
-    more = "--when while-running --memory 1G --no-icount --timeout 7"
+    words = "run --machine lab --size 8M --backing thp --resident read --vcpus 2 --nested --writes 12.5"
+    more = "--prefault 50 --when while-running --memory 1G --no-icount --timeout 7"
     assert main([*words.split(), *more.split()]) == 0
     assert lab.config == WalkConfig(
         size=8 << 20,
@@ -97,7 +97,7 @@ def test_the_options_become_the_walk_and_the_machine(lab: FakeLab) -> None:
 def test_instructions_are_counted_unless_asked_not_to(
     lab: FakeLab, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run"]) == 0
+    assert main(["run", "--machine", "lab"]) == 0
     assert lab.options[0].icount
     printed = capsys.readouterr().out
     assert "instructions" in printed
@@ -105,12 +105,12 @@ def test_instructions_are_counted_unless_asked_not_to(
 
 
 def test_without_icount_the_table_has_time(lab: FakeLab, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--no-icount"]) == 0
+    assert main(["run", "--machine", "lab", "--no-icount"]) == 0
     assert "instructions" not in capsys.readouterr().out
 
 
 def test_json_is_the_result_and_how_the_lab_ran(lab: FakeLab, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--json", "--size", "8K"]) == 0
+    assert main(["run", "--machine", "lab", "--json", "--size", "8K"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["version"], found["command"], found["machine"]) == (1, "run", "lab")
     assert found["config"]["size"] == 8192
@@ -137,11 +137,13 @@ def test_json_is_the_result_and_how_the_lab_ran(lab: FakeLab, capsys: pytest.Cap
         ["--timeout", "0"],
         ["--backing", "paper"],
         ["--machine", "kvm", "--dry-run"],
+        ["--machine", "spec", "--mode", "nvhe"],
+        ["--machine", "spec", "--no-icount"],
         ["--kernel", "no/such/Image"],
     ],
 )
 def test_what_cannot_be_is_refused_before_the_lab_starts(lab: FakeLab, words: list[str]) -> None:
-    assert main(["run", *words]) == ExitCode.USAGE
+    assert main(["run", "--machine", "lab", *words]) == ExitCode.USAGE
     assert lab.jobs == []
 
 
@@ -151,7 +153,7 @@ def test_an_error_of_the_walk_ends_the_command_as_it_would_have_here(
 ) -> None:
     error = json.dumps({"error": {"message": "what the walk said", "exit_code": code}})
     lab.reply = lambda _: answer(error.encode(), code)
-    assert main(["run"]) == code
+    assert main(["run", "--machine", "lab"]) == code
     assert capsys.readouterr().err.endswith("prefault: what the walk said\n")
 
 
@@ -159,7 +161,7 @@ def test_a_walk_without_a_result_shows_its_last_words(
     lab: FakeLab, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lab.reply = lambda _: answer(b"", 1, b"Traceback\nMemoryError\n")
-    assert main(["run"]) == ExitCode.OPERATING_ERROR
+    assert main(["run", "--machine", "lab"]) == ExitCode.OPERATING_ERROR
     assert "MemoryError" in capsys.readouterr().err
 
 
@@ -171,7 +173,29 @@ def test_a_lost_lab_is_not_a_failed_walk(
         raise error
 
     lab.reply = lose
-    assert main(["run"]) == code
+    assert main(["run", "--machine", "lab"]) == code
+
+
+def test_the_specification_is_the_default_and_needs_no_lab(
+    lab: FakeLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--size", "64K"]) == 0
+    printed = capsys.readouterr().out
+    assert "instructions, estimated" in printed
+    assert "On the real kernel: prefault run --size 64K --machine lab" in printed
+    assert lab.jobs == []
+
+
+def test_json_says_where_the_costs_of_the_specification_are_from(
+    lab: FakeLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--json", "--size", "64K", "--machine=spec"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"] == "spec"
+    assert found["costs"]["unit"] == "instructions"
+    assert "measured in the lab on Linux 7.3" in found["costs"]["estimated_from"]
+    assert found["without"]["faults"]["write"] == 8
+    assert found["with_prefault"]["faults"]["write"] == 0
 
 
 def test_machine_kvm_does_not_start_the_lab(
@@ -196,9 +220,9 @@ def test_a_dry_run_prints_the_command_line_and_starts_nothing(
         return ("qemu-system-aarch64", "-append", "two words")
 
     monkeypatch.setattr(command, "command_line", line)
-    assert main(["run", "--dry-run"]) == 0
+    assert main(["run", "--machine", "lab", "--dry-run"]) == 0
     assert capsys.readouterr().out == "qemu-system-aarch64 -append 'two words'\n"
-    assert main(["run", "--dry-run", "--json"]) == 0
+    assert main(["run", "--machine", "lab", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["command_line"][-1] == "two words"
     assert lab.jobs == []
     assert len(asked) == 2

@@ -23,7 +23,7 @@ PREFAULT = (sys.executable, "-m", "prefault")
 
 def run(*options: str) -> dict[str, dict[str, dict[str, int]]]:
     """``prefault run --json`` with options; its object."""
-    command = (*PREFAULT, "run", "--json", "--size", "4M", *options)
+    command = (*PREFAULT, "run", "--machine", "lab", "--json", "--size", "4M", *options)
     ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
@@ -75,7 +75,7 @@ def test_copy_on_write_memory_faults_again_when_written() -> None:
 
 
 def test_an_interrupted_run_leaves_no_machine_behind() -> None:
-    with subprocess.Popen((*PREFAULT, "run", "--size", "256M"), stderr=subprocess.PIPE) as command:
+    with subprocess.Popen((*PREFAULT, "run", "--machine", "lab", "--size", "256M"), stderr=subprocess.PIPE) as command:
         children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
         deadline = time.monotonic() + 60
         while not (machines := children.read_text().split()) and time.monotonic() < deadline:

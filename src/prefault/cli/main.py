@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status: int = ExitCode.DONE
     try:
         try:
-            with root.make_context("prefault", list(argv)) as ctx:
+            with root.make_context("prefault", list(argv), obj=tuple(argv)) as ctx:
                 root.invoke(ctx)
         except click.exceptions.Exit as leave:
             status = leave.exit_code

@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict, Unpack
 
 import click
+from click.core import ParameterSource
 
 from prefault.cli import output
 from prefault.cli.values import KernelImage, Percent, Size
@@ -19,13 +22,16 @@ from prefault.lab.frames import Kind
 from prefault.lab.job import Job, JobResult, command_line, run_job
 from prefault.lab.machine import MODES, MachineOptions
 from prefault.machine import Backing, Resident
+from prefault.report.estimate import estimate, load_figures
 from prefault.report.units import format_size, plural
 from prefault.report.walk import Clock, describe, sentence, walk_table
 from prefault.scenarios.walk import CLOCK_STARTS, CLOCK_STOPS, WalkConfig, WalkResult, When, walk
+from prefault.spec import open_spec
 
 EPILOG = """\b
 Examples:
   prefault run                                     32 MiB, half of them writes, all pre-faulted
+  prefault run --machine lab                       the same on the real kernel, in the lab
   prefault run --size 256M --backing shared        more, and shmem
   prefault run --nested --when while-running       an L2 walks; pre-faulted while it is stopped in L2
   prefault run --prefault 50 --writes 0            half of the range pre-faulted, only reads
@@ -36,7 +42,7 @@ Exit codes: 0 done, 1 the guest saw wrong bytes or the kernel log has a splat, 2
 3 operating error, 77 no capability or no lab, 124 timed out, 125 the lab was lost."""
 
 HOST_PAGE = 4096
-"""Page size of the lab's kernel; on --machine kvm the walk itself asks for the host's."""
+"""Page size of the spec and of the lab's kernel; on --machine kvm the walk itself asks for the host's."""
 
 GUEST_SHARE = 4
 """The guest's memory may take the lab's memory divided by this: both runs' tables and pages need room."""
@@ -118,10 +124,10 @@ class _Options(TypedDict):
 )
 @click.option(
     "--machine",
-    type=click.Choice(["lab", "kvm"]),
-    default="lab",
+    type=click.Choice(["spec", "lab", "kvm"]),
+    default="spec",
     show_default=True,
-    help="In the lab, or on this host's own KVM.",
+    help="On the executable specification, on the real kernel in the lab, or on this host's own KVM.",
 )
 @click.option("--memory", type=Size(), default="2G", show_default=True, help="Lab: memory of the machine.")
 @click.option(
@@ -151,14 +157,34 @@ def run(**options: Unpack[_Options]) -> None:
     """Let a guest walk its memory without and with pre-faulting, and print what that changed.
 
     Both walks start from the same state: a new VM, new memory. Printed are the stage-2 faults, the exits to
-    user space, the leaves of the stage-2 table by level, and the cost of pre-faulting and of the walk, in
-    instructions (lab) and in time.
+    user space, the leaves of the stage-2 table by level, and the cost of pre-faulting and of the walk: on the
+    specification as estimates from figures that were measured in the lab, in the lab as instructions that
+    were executed, on this host's KVM as time.
     """
+    _refuse_lab_options(options["machine"])
     config = walk_config(options)
-    if options["machine"] == "kvm":
-        _here(config, options)
-    else:
-        _in_lab(config, options)
+    play = {"spec": _on_spec, "lab": _in_lab, "kvm": _here}[options["machine"]]
+    outcome = play(config, options)
+    if outcome is not None:
+        _print(outcome, options["machine"])
+
+
+LAB_OPTIONS = ("memory", "mode", "icount", "timeout", "kernel", "dry_run")
+
+
+def _refuse_lab_options(machine: str) -> None:
+    """An option that would have no effect is a mistake of whoever gave it.
+
+    :raises UsageError: one was given, and the machine is not the lab
+    """
+    context = click.get_current_context()
+    given = [
+        "--" + name.replace("_", "-")
+        for name in LAB_OPTIONS
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if given and machine != "lab":
+        raise UsageError(f"{', '.join(given)}: about the lab; add --machine lab")
 
 
 def walk_config(options: _Options) -> WalkConfig:
@@ -184,8 +210,6 @@ def walk_config(options: _Options) -> WalkConfig:
             raise UsageError(
                 f"--size {format_size(size)} is over a quarter of the lab's {memory}: use --memory {enough}"
             )
-    elif options["dry_run"] or options["kernel"]:
-        raise UsageError("--dry-run and --kernel are about the lab; --machine kvm runs on this host's kernel")
     return WalkConfig(
         size=size,
         backing=Backing(options["backing"]),
@@ -198,13 +222,56 @@ def walk_config(options: _Options) -> WalkConfig:
     )
 
 
-def _here(config: WalkConfig, options: _Options) -> None:
-    with open_kvm() as kvm:
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of the walk, and how to tell it.
+
+    :ivar clock: what its nanoseconds are
+    :ivar wall: seconds that each walk took outside of the lab's machine
+    :ivar facts: more for ``--json``
+    :ivar remarks: lines below the table
+    """
+
+    result: WalkResult
+    clock: Clock
+    wall: tuple[float, float] | None = None
+    facts: Mapping[str, object] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+
+def _on_spec(config: WalkConfig, options: _Options) -> _Outcome:
+    with output.stderr().status("the guest walks its memory on the specification"), open_spec() as kvm:
         result = walk(kvm, config)
-    _print(result, options)
+    figures = load_figures()
+    source = f"figures measured in the lab on {figures.measured}"
+    return _Outcome(
+        estimate(result, figures),
+        Clock(icount=True, estimated=True),
+        facts={"costs": {"unit": "instructions", "estimated_from": source}},
+        remarks=(
+            f"The specification counted faults, exits and leaves; instructions are estimated, from {source}.",
+            f"On the real kernel: {_same_in_lab()}",
+        ),
+    )
 
 
-def _in_lab(config: WalkConfig, options: _Options) -> None:
+def _same_in_lab() -> str:
+    """The command line that was given, for the lab."""
+    given = click.get_current_context().find_root().obj or ("run",)
+    kept = [
+        word
+        for before, word in zip(("", *given), given, strict=False)
+        if word not in ("--machine", "--machine=spec") and before != "--machine"
+    ]
+    return shlex.join(("prefault", *kept, "--machine", "lab"))
+
+
+def _here(config: WalkConfig, options: _Options) -> _Outcome:
+    with open_kvm() as kvm:
+        return _Outcome(walk(kvm, config), Clock(icount=False))
+
+
+def _in_lab(config: WalkConfig, options: _Options) -> _Outcome | None:
     job = Job(
         ("python3", "-m", "prefault.scenarios.walk", "--json", json.dumps(config.to_json())),
         timeout=options["timeout"],
@@ -216,16 +283,27 @@ def _in_lab(config: WalkConfig, options: _Options) -> None:
         icount=options["icount"],
     )
     if options["dry_run"]:
-        argv = command_line(job, machine, kernel=options["kernel"])
-        if output.wants_json():
-            output.emit("run", {"dry_run": True, "command_line": argv})
-        else:
-            click.echo(shlex.join(argv))
-        return
+        _print_command(command_line(job, machine, kernel=options["kernel"]))
+        return None
     watch = StopWatch()
     with output.stderr().status("the guest walks its memory in the lab"):
         done = run_job(job, machine, kernel=options["kernel"], on_output=watch)
-    _print(read_result(done), options, done, watch.seconds())
+    wall = watch.seconds()
+    facts = {
+        "icount": options["icount"],
+        "wall_seconds": dict(zip(("without", "with_prefault"), wall or (None, None), strict=True)),
+        "seconds": done.seconds,
+        "run_dir": done.run_dir,
+    }
+    clock = Clock(icount=options["icount"])
+    return _Outcome(read_result(done), clock, wall if clock.icount else None, {"lab": facts})
+
+
+def _print_command(argv: Sequence[str]) -> None:
+    if output.wants_json():
+        output.emit("run", {"dry_run": True, "command_line": argv})
+    else:
+        click.echo(shlex.join(argv))
 
 
 def read_result(done: JobResult) -> WalkResult:
@@ -255,27 +333,13 @@ def _again(exit_code: int, message: str) -> PrefaultError:
     return kinds.get(exit_code, LabError)(message)
 
 
-def _print(
-    result: WalkResult,
-    options: _Options,
-    done: JobResult | None = None,
-    wall: tuple[float, float] | None = None,
-) -> None:
-    """Print a result; ``done`` and ``wall`` are there if it comes from the lab."""
-    clock = Clock(icount=done is not None and options["icount"])
+def _print(outcome: _Outcome, machine: str) -> None:
     if output.wants_json():
-        payload: dict[str, object] = {"machine": options["machine"], **result.to_json()}
-        if done is not None:
-            wall_seconds = dict(zip(("without", "with_prefault"), wall or (None, None), strict=True))
-            payload["lab"] = {
-                "icount": options["icount"],
-                "wall_seconds": wall_seconds,
-                "seconds": done.seconds,
-                "run_dir": done.run_dir,
-            }
-        output.emit("run", payload)
+        output.emit("run", {"machine": machine, **outcome.result.to_json(), **outcome.facts})
         return
     console = output.stdout()
-    console.print(describe(result.config))
-    console.print(walk_table(result, clock, wall if clock.icount else None))
-    console.print(sentence(result, clock))
+    console.print(describe(outcome.result.config))
+    console.print(walk_table(outcome.result, outcome.clock, outcome.wall))
+    console.print(sentence(outcome.result, outcome.clock))
+    for remark in outcome.remarks:
+        console.print(remark, soft_wrap=True)

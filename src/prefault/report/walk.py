@@ -23,22 +23,30 @@ _KINDS = ("read", "write", "execute", "permission")
 
 @dataclass(frozen=True)
 class Clock:
-    """What a nanosecond of the machine's clock means."""
+    """What a nanosecond of the machine's clock means.
+
+    :ivar icount: an instruction
+    :ivar estimated: the numbers were not measured in this walk
+    """
 
     icount: bool
+    estimated: bool = False
 
     def text(self, ns: float) -> str:
-        """An amount, readable: instructions as a number, time with its unit."""
+        """An amount, readable: instructions as a number, time with its unit; three digits of an estimate."""
+        ns = float(f"{ns:.3g}") if self.estimated else ns
         return f"{ns:,.0f}" if self.icount else format_duration(ns)
 
     def phrase(self, ns: float) -> str:
         """An amount within a sentence."""
-        return f"{ns:,.0f} instructions" if self.icount else format_duration(ns)
+        about = "about " if self.estimated else ""
+        return f"{about}{self.text(ns)} instructions" if self.icount else self.text(ns)
 
     @property
     def heading(self) -> str:
         """What the amounts are."""
-        return "instructions" if self.icount else "time"
+        unit = "instructions" if self.icount else "time"
+        return f"{unit}, estimated" if self.estimated else unit
 
 
 def walk_table(result: WalkResult, clock: Clock, wall: tuple[float, float] | None = None) -> Table:

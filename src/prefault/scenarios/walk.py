@@ -8,9 +8,9 @@ Every vCPU walks a part of the memory of its own. Ordinary guests walk it in two
 ones do so as L2, and then walk the whole of it as L1: L2's faults fill the shadow table, which
 pre-faulting leaves alone; it is L1 that it spares.
 
-``python3 -m prefault.scenarios.walk --json CONFIG`` prints the result as one JSON object, and
-CLOCK_STARTS and CLOCK_STOPS on standard error around each timed run: under icount the machine's own
-clock counts instructions, so wall time can only be taken by whoever reads these lines outside.
+``python3 -m prefault.scenarios.walk --json CONFIG...`` prints the result of each as one line of JSON,
+and CLOCK_STARTS and CLOCK_STOPS on standard error around each timed run: under icount the machine's
+own clock counts instructions, so wall time can only be taken by whoever reads these lines outside.
 """
 
 from __future__ import annotations
@@ -98,20 +98,20 @@ def _read_config(text: str) -> WalkConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Walk on this host's KVM as ``--json CONFIG`` says, and print the result or the error as JSON."""
+    """Walk on this host's KVM as ``--json CONFIG...`` says; print results, or the first error, as JSON."""
     from prefault.kvm import open_kvm  # the one place that says which back end it is
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if len(arguments) != 2 or arguments[0] != "--json":
-            raise UsageError("usage: python3 -m prefault.scenarios.walk --json CONFIG")
-        config = _read_config(arguments[1])
+        if len(arguments) < 2 or arguments[0] != "--json":
+            raise UsageError("usage: python3 -m prefault.scenarios.walk --json CONFIG...")
+        configs = [_read_config(text) for text in arguments[1:]]
         with open_kvm() as kvm:
-            result = walk(kvm, config, _tell).to_json()
+            for config in configs:
+                print(json.dumps(walk(kvm, config, _tell).to_json()), flush=True)
     except PrefaultError as error:
         print(json.dumps({"error": {"message": str(error), "exit_code": int(error.exit_code)}}))
         return int(error.exit_code)
-    print(json.dumps(result))
     return 0
 
 
