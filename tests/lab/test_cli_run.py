@@ -75,7 +75,8 @@ def test_copy_on_write_memory_faults_again_when_written() -> None:
 
 
 def test_an_interrupted_run_leaves_no_machine_behind() -> None:
-    with subprocess.Popen((*PREFAULT, "run", "--machine", "lab", "--size", "256M"), stderr=subprocess.PIPE) as command:
+    argv = (*PREFAULT, "run", "--machine", "lab", "--size", "256M")
+    with subprocess.Popen(argv, stderr=subprocess.PIPE) as command:
         children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
         deadline = time.monotonic() + 60
         while not (machines := children.read_text().split()) and time.monotonic() < deadline:
