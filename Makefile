@@ -8,11 +8,14 @@ BIN := .venv/bin
 # $(call step,NAME,COMMAND): run one step of the gate and name it when it fails.
 step = @echo "== $(1)"; $(2) || { s=$$?; echo "make check: the step '$(1)' failed (status $$s)" >&2; exit $$s; }
 
-.PHONY: run test check format venv clean help
+.PHONY: run lab test check format venv clean help
 
-run: venv  ## build the lab if need be, then show what pre-faulting saves
-	@$(BIN)/prefault lab build --yes
+run: venv  ## show what pre-faulting saves, on the specification: needs no root, QEMU or KVM
 	@$(BIN)/prefault run
+
+lab: venv  ## the same on the real kernel: install what the lab needs, build it once, run
+	@$(BIN)/prefault lab build --yes
+	@$(BIN)/prefault run --machine lab
 
 test: venv  ## all tests; LAB=no leaves the lab's out
 ifeq ($(LAB),no)
