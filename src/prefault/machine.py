@@ -12,7 +12,7 @@ Standard library only: this module also runs inside the lab's root file system.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -76,6 +76,17 @@ class Access(enum.Enum):
     READ = "read"
     WRITE = "write"
     """Read and write."""
+
+
+class UserfaultMode(enum.Enum):
+    """Which faults of the VMM's own memory a handler of the VMM serves (userfaultfd(2))."""
+
+    MISSING = "missing"
+    """On pages that are not there."""
+    MINOR = "minor"
+    """On pages of shared memory that are there, but not mapped."""
+    WRITE_PROTECT = "write-protect"
+    """Writes to pages that ``Userfault.write_protect`` was used on."""
 
 
 class SlotFlags(enum.IntFlag):
@@ -249,6 +260,49 @@ class Vcpu(Protocol):
         """Close the descriptor. Safe to call again."""
 
 
+class Userfault(Protocol):
+    """A range of guest memory whose faults a handler serves, in a thread of its own.
+
+    Whoever faults there, be it the VMM, the guest or a pre-fault, waits until one of the verbs has
+    served the page. The host must not touch a page before that: Python would wait for itself.
+    Addresses are page-aligned.
+    """
+
+    def copy(self, gpa: int, data: bytes) -> None:
+        """UFFDIO_COPY: the pages from ``gpa`` on hold ``data``, whole pages of it."""
+
+    def zero(self, gpa: int, size: int) -> None:
+        """UFFDIO_ZEROPAGE: the pages hold zeroes."""
+
+    def proceed(self, gpa: int, size: int) -> None:
+        """UFFDIO_CONTINUE: map what shared memory has there."""
+
+    def write_protect(self, gpa: int, size: int, *, protect: bool) -> None:
+        """UFFDIO_WRITEPROTECT: let the handler be asked before pages that are there are written, or no more."""
+
+    def interrupt(self) -> None:
+        """Send a signal to the thread whose fault the handler was asked about last."""
+
+    def close(self) -> None:
+        """Serve no more; who waits goes on as if nobody had served.
+
+        :raises Exception: what the handler raised, if it did
+        """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+UserfaultHandler = Callable[[Userfault, int, bool], None]
+"""Called with the gpa of the page and whether it was to be written, once or more for each fault."""
+
+
 class Vm(Protocol):
     """A VM file descriptor."""
 
@@ -279,6 +333,11 @@ class Vm(Protocol):
     def unmap(self, gpa: int, size: int) -> None:
         """munmap(2) the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
 
+    def handle_userfaults(
+        self, gpa: int, size: int, mode: UserfaultMode, handler: UserfaultHandler
+    ) -> Userfault:
+        """Have the faults of the VMM on ``[gpa, gpa+size)``, which lies in one memslot, served."""
+
     def get_dirty_log(self, slot: int) -> list[int]:
         """Page numbers, relative to the slot, written since the last call."""
 
@@ -287,6 +346,9 @@ class Vm(Protocol):
 
     def nested_stage2(self) -> list[list[Leaf]]:
         """Leaves of every shadow stage-2 table in use, by index."""
+
+    def ptdump(self) -> list[str]:
+        """The canonical table, then every shadow table in use, as text in the form of debugfs."""
 
     def count_faults(self) -> FaultCounter:
         """Count this VM's stage-2 faults while the returned context is open."""

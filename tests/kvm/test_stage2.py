@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefault.errors import CapabilityMissing
+from prefault.errors import CapabilityMissing, UsageError
 from prefault.kvm import stage2
+from prefault.kvm.stage2 import Hole, Shadow
 from prefault.machine import Leaf
 
 # The columns of a kernel's own output; holes have a size and a level, and nothing else.
@@ -42,6 +44,36 @@ def test_every_attribute_is_read() -> None:
         Leaf(0x4020_0000, 0x20_0000, 2, True, True, False, True, True, True),
         Leaf(0x4040_0000, 0x20_0000, 2, True, True, True, False, False, True),
     ]
+
+
+def test_a_dump_has_its_holes_and_ends_where_the_space_does() -> None:
+    (dump,) = stage2.read(TEXT.splitlines())
+    assert [run.level for run in dump.runs if isinstance(run, Hole)] == [1, 3, 2]
+    assert dump.leaves == stage2.parse(TEXT)
+    assert dump.end == 0x8000_0000
+
+
+def test_tables_follow_each_other_in_one_text() -> None:
+    shadow = "VTCR: 0x0000000080023559 VTTBR: 0x000a000040002000 s2: disabled\n"
+    dumps = list(stage2.read((TEXT + "\n" + shadow + TEXT + TEXT).splitlines()))
+    assert [dump.shadow for dump in dumps] == [None, Shadow(0x8002_3559, 0xA_0000_4000_2000, False), None]
+    assert dumps[0].runs == dumps[1].runs == dumps[2].runs
+
+
+@pytest.mark.parametrize(
+    ("change", "number"),
+    [
+        (lambda lines: [*lines[:3], "what is this", *lines[3:]], 4),
+        (lambda lines: lines[:2] + lines[3:], 3),
+        (lambda lines: lines[1:4] + lines[2:], 4),
+        (lambda lines: [lines[0], lines[1].replace(" 1", " 7")], 2),
+        (lambda lines: [lines[0], "0x0000000000001000-0x0000000000000000 4K 3"], 2),
+        (lambda lines: ["\x7fELF\x02"], 1),
+    ],
+)
+def test_what_is_no_dump_is_told_by_its_line(change: Callable[[list[str]], list[str]], number: int) -> None:
+    with pytest.raises(UsageError, match=f"^file, line {number}: "):
+        list(stage2.read(change(TEXT.splitlines()), "file"))
 
 
 @given(cuts=st.sets(st.integers(1, 15)), gap=st.integers(0, 1))

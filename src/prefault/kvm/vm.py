@@ -225,6 +225,10 @@ class Vm(Descriptor):
         """Leaves of every shadow stage-2 table in use, by index."""
         return stage2.shadows(self._debugfs)
 
+    def ptdump(self) -> list[str]:
+        """The canonical table, then every shadow table in use, as text in the form of debugfs."""
+        return stage2.texts(self._debugfs)
+
     def count_faults(self) -> KvmFaultCounter:
         """Count this VM's stage-2 faults while the returned context is open.
 

@@ -46,6 +46,17 @@ def walk(kvm: Kvm, config: WalkConfig, note: Note = silence) -> WalkResult:
     :raises Mismatch: the guest read, or the host finds, other bytes than were written
     :raises CapabilityMissing: this KVM cannot pre-fault, or has no such backing or nested guests
     """
+    config = prepare(kvm, config)
+    runs = [_run_twice(kvm, config, permille, note) for permille in (0, config.prefault_permille)]
+    return WalkResult(config, kvm.page_size, *runs)
+
+
+def prepare(kvm: Kvm, config: WalkConfig) -> WalkConfig:
+    """The walk with its stride, if it can be done here.
+
+    :raises UsageError: it cannot be cut as it must be
+    :raises CapabilityMissing: this KVM cannot pre-fault
+    """
     stride = config.stride or kvm.page_size
     config = dataclasses.replace(config, stride=stride)
     if config.size % (2 * config.vcpus * stride) or stride % 8:
@@ -55,8 +66,7 @@ def walk(kvm: Kvm, config: WalkConfig, note: Note = silence) -> WalkResult:
         )
     if config.prefault_permille:
         _require_capability(kvm)
-    runs = [_run_twice(kvm, config, permille, note) for permille in (0, config.prefault_permille)]
-    return WalkResult(config, kvm.page_size, *runs)
+    return config
 
 
 def _require_capability(kvm: Kvm) -> None:
@@ -87,7 +97,11 @@ def _tell(text: str) -> None:
     time.sleep(0.02)
 
 
-def _read_config(text: str) -> WalkConfig:
+def read_config(text: str) -> WalkConfig:
+    """A walk from JSON text.
+
+    :raises UsageError: it is none
+    """
     try:
         values = json.loads(text)
     except ValueError as error:
@@ -105,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if len(arguments) < 2 or arguments[0] != "--json":
             raise UsageError("usage: python3 -m prefault.scenarios.walk --json CONFIG...")
-        configs = [_read_config(text) for text in arguments[1:]]
+        configs = [read_config(text) for text in arguments[1:]]
         with open_kvm() as kvm:
             for config in configs:
                 print(json.dumps(walk(kvm, config, _tell).to_json()), flush=True)

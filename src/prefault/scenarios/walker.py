@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -28,6 +28,7 @@ from prefault.machine import (
     Resident,
     Vcpu,
     VcpuConfig,
+    Vm,
     VmConfig,
 )
 from prefault.scenarios import pattern
@@ -116,6 +117,7 @@ class Walker:
             self._parts.append(part)
             base += _round_up(len(compile_program(part.program, self._page_size).data), _CODE_ALIGNMENT)
         code = MemoryRegion(_CODE_SLOT, CODE, base - CODE, resident=Resident.WRITE)
+        self._code = (code.gpa, code.size)
         data = MemoryRegion(
             _DATA_SLOT,
             DATA,
@@ -169,6 +171,38 @@ class Walker:
             shadow_leaves=self._count_leaves([one for table in self._vm.nested_stage2() for one in table]),
             bytes_checked=8 * self._check(),
         )
+
+    def stages(self) -> Iterator[str]:
+        """Do the walk, and stand still where the tables are worth a look; what has just happened."""
+        yield "before"
+        if self._config.when is When.BEFORE and self._pre_fault_share():
+            yield "pre-faulted"
+        self._to_marker(0)
+        self._to_marker(1)
+        if self._config.when is When.WHILE_RUNNING:
+            yield "half walked"
+            if self._pre_fault_share():
+                yield "pre-faulted"
+        self._to_marker(2)
+        if self._config.nested:
+            yield "walked by L2"
+            self._to_marker(3)
+        yield "walked"
+
+    def _pre_fault_share(self) -> bool:
+        """Pre-fault, and say whether that was anything."""
+        self._pre_fault()
+        return any(self._share(part) for part in self._parts)
+
+    @property
+    def vm(self) -> Vm:
+        """The VM that walks."""
+        return self._vm
+
+    @property
+    def slots(self) -> dict[str, tuple[int, int]]:
+        """gpa and size of its memslots."""
+        return {"code": self._code, "data": (DATA, self._config.size)}
 
     def _share(self, part: _Part) -> int:
         """Bytes of a part that are pre-faulted, from its start."""

@@ -26,7 +26,7 @@ from prefault.machine import (
     VcpuConfig,
     VmConfig,
 )
-from prefault.spec import backing, memslots, nested
+from prefault.spec import backing, memslots, nested, ptdump
 from prefault.spec.cpu import EC_IABT, EC_SHIFT, WNR
 from prefault.spec.descriptors import AF, LAST_LEVEL, S2AP_R, S2AP_W, TABLE, XN, Prot, executable
 from prefault.spec.mm import Vma
@@ -210,6 +210,12 @@ class SpecVm:
         """Leaves of every shadow stage-2 table in use, by index."""
         with self._lock:
             return [leaves(mmu.pgt) for mmu in self.kvm.nested_mmus if mmu.tlb_vttbr is not None]
+
+    def ptdump(self) -> list[str]:
+        """The canonical table, then every shadow table in use, as text in the form of debugfs."""
+        self.stage2()  # refuses where the tables are the hypervisor's
+        with self._lock:
+            return [ptdump.show(mmu) for mmu in self._mmus() if not mmu.shadow or mmu.tlb_vttbr is not None]
 
     def count_faults(self) -> SpecFaultCounter:
         """Count this VM's stage-2 faults while the returned context is open."""
