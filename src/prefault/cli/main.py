@@ -18,6 +18,7 @@ import click
 
 from prefault import __version__
 from prefault.cli import output
+from prefault.cli.conform import conform
 from prefault.cli.lab import lab
 from prefault.cli.probe import probe
 from prefault.cli.run import run
@@ -51,12 +52,14 @@ def root() -> None:
     \b
     prefault probe             what the KVM of this machine offers
     prefault run               a guest walks its memory, without and with pre-faulting
+    prefault conform           the same scenarios on the specification and on a real kernel
     prefault lab build         build the kernel of the lab: arm64 KVM on any Linux machine
     """
 
 
 root.add_command(probe)
 root.add_command(run)
+root.add_command(conform)
 root.add_command(lab)
 
 

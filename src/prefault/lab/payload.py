@@ -12,7 +12,7 @@ from prefault.errors import UsageError
 from prefault.lab import cpio, rootfs
 from prefault.lab.agent import JOB_FILE, PACKAGE_DIR, Order
 
-_HOST_ONLY = ("cli", "report")
+_HOST_ONLY = ("cli", "conform", "report")
 """Parts of the package that need more than the standard library."""
 _LAB_PARTS = ("__init__.py", "agent.py", "frames.py")
 

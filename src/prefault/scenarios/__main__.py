@@ -1,26 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python3 -m prefault.scenarios [NAME…]``: play scenarios on this host's KVM, a JSON line for each."""
+"""``python3 -m prefault.scenarios [NAME…]``: play scenarios on this host's KVM, a JSON line for each.
+
+A line has the outcome and what the kernel logged meanwhile. It is written when a scenario is done, so that
+of a machine that was lost it is known which one it was at: the first that is missing.
+
+``--facts`` puts what ``prefault.kvm.probe`` finds on a line before. ``--programs FILE`` plays programs, too.
+``--limit SECONDS`` gives up on a scenario that takes longer, and on all after it: a process that hangs in
+the kernel cannot be ended, only left behind.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import json
+import os
+import select
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from prefault.kvm import open_kvm
-from prefault.scenarios import SCENARIOS, perform
+from prefault.kvm import open_kvm, probe
+from prefault.scenarios import SCENARIOS, Scenario, perform
+from prefault.scenarios.program import read_programs, scenario
+from prefault.scenarios.scenario import Outcome
+
+KMSG = "/dev/kmsg"
+
+
+class KernelLog:
+    """What the kernel logs from now on."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        with contextlib.suppress(OSError):
+            self._fd = os.open(KMSG, os.O_RDONLY | os.O_NONBLOCK)
+            os.lseek(self._fd, 0, os.SEEK_END)
+
+    def read(self) -> list[str]:
+        """Messages since the last call; none where they may not be read."""
+        found: list[str] = []
+        while self._fd >= 0:
+            try:
+                record = os.read(self._fd, 8192).decode(errors="replace")
+            except BlockingIOError:
+                break
+            except BrokenPipeError:
+                continue  # records were overwritten; the next read goes on behind them
+            found.append(record.partition(";")[2].partition("\n")[0])
+        return found
+
+
+def play(wanted: list[Scenario], facts: bool) -> int:
+    """Play scenarios in this process; 1 if one failed."""
+    if facts:
+        print(json.dumps({"facts": dataclasses.asdict(probe.facts())}), flush=True)
+    failed, log = 0, KernelLog()
+    with open_kvm() as kvm:
+        for one in wanted:
+            outcome = perform(kvm, one)
+            failed += outcome.outcome == "failed"
+            _report(outcome, log.read())
+    return int(failed > 0)
+
+
+def _report(outcome: Outcome, log: list[str]) -> None:
+    print(json.dumps({**dataclasses.asdict(outcome), "kernel_log": log}), flush=True)
+
+
+def play_watched(wanted: list[Scenario], facts: bool, limit: float) -> int:
+    """Play scenarios in a child, which is left behind if one of them takes longer than ``limit`` seconds."""
+    log, (reader, writer) = KernelLog(), os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(writer, sys.stdout.fileno())
+        os.close(writer)
+        os.close(reader)
+        status = 1
+        with contextlib.suppress(BrokenPipeError):
+            status = play(wanted, facts)
+        os._exit(status)
+    os.close(writer)
+    done = -facts  # the line of facts is none of a scenario
+    for piece in _until_silent(reader, limit):
+        done += piece.count(b"\n")
+        sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+        if not piece:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    text = f"not done after {limit:g} s{_where(child)}"
+    name = wanted[max(0, done)].name
+    _report(Outcome(name, "failed", text, limit), log.read())
+    return 1
+
+
+def _until_silent(reader: int, limit: float) -> Iterator[bytes]:
+    """What comes through a pipe, empty at its end; stops without that if nothing comes for a while."""
+    while select.select([reader], [], [], limit)[0]:
+        yield os.read(reader, 1 << 16)
+
+
+def _where(child: int) -> str:
+    """Where in the kernel a process is, as far as the kernel tells."""
+    threads = sorted(Path(f"/proc/{child}/task").iterdir())
+    for thread in threads:
+        with contextlib.suppress(OSError):
+            stack = (thread / "stack").read_text().split("\n")
+            calls = [line.split(" ", 1)[1].split("+")[0] for line in stack if " " in line]
+            if calls:
+                return f"; in the kernel at {' < '.join(calls[:6])}"
+    return ""
 
 
 def main() -> int:
-    """Play the named scenarios, or all; 1 if one failed."""
-    names = sys.argv[1:] or list(SCENARIOS)
-    failed = 0
-    with open_kvm() as kvm:
-        for name in names:
-            outcome = perform(kvm, SCENARIOS[name])
-            failed += outcome.outcome == "failed"
-            print(json.dumps(dataclasses.asdict(outcome)), flush=True)
-    return int(failed > 0)
+    """Play the named scenarios and programs, or all scenarios if none is named; 1 if one failed."""
+    parser = argparse.ArgumentParser(prog="python3 -m prefault.scenarios", allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--facts", action="store_true")
+    parser.add_argument("--programs", type=Path, metavar="FILE")
+    parser.add_argument("--limit", type=float, default=0, metavar="SECONDS")
+    given = parser.parse_args()
+    programs = read_programs(given.programs.read_text()) if given.programs else {}
+    names = given.names or ([] if programs else list(SCENARIOS))
+    wanted = [SCENARIOS[name] for name in names]
+    wanted += [scenario(name, program) for name, program in programs.items()]
+    if given.limit:
+        return play_watched(wanted, given.facts, given.limit)
+    return play(wanted, given.facts)
 
 
 if __name__ == "__main__":

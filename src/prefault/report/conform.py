@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A conformance run for people: the summary, and each difference so that it can be acted on."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+from rich.table import Table
+
+from prefault.conform.compare import BAD, Comparison, Difference, Verdict
+from prefault.machine import Leaf
+from prefault.report.units import plural
+from prefault.scenarios import SCENARIOS
+from prefault.scenarios.program import VmmProgram, leaf_line
+
+_MEANING = {
+    Verdict.EQUAL: "the law holds on both sides, and both show the same",
+    Verdict.DIFFERENT: "the two sides do not show the same",
+    Verdict.FAILED: "both sides show the same, and the law does not hold",
+    Verdict.SPLAT: "the kernel logged what a sound kernel never logs",
+    Verdict.LOST: "the kernel was lost or hung",
+    Verdict.SKIPPED: "not compared: a side lacks something",
+}
+_CONTEXT = 2
+_WIDE = 160
+
+
+def summary(comparisons: Sequence[Comparison]) -> Table:
+    """How many scenarios had which verdict."""
+    counts = Counter(one.verdict for one in comparisons)
+    table = Table("verdict", "scenarios", "meaning")
+    table.columns[1].justify = "right"
+    for verdict in Verdict:
+        if counts[verdict] or verdict is Verdict.EQUAL:
+            table.add_row(verdict.value, f"{counts[verdict]:,}", _MEANING[verdict])
+    return table
+
+
+def requirements_of(name: str) -> str:
+    """``M3, M4``, or nothing for a program."""
+    one = SCENARIOS.get(name)
+    return ", ".join(one.requirements) if one else ""
+
+
+def skips(comparisons: Iterable[Comparison]) -> list[str]:
+    """Why scenarios were not compared, each reason once, with the side that gave it."""
+    reasons: dict[str, list[str]] = {}
+    for one in comparisons:
+        if one.verdict is not Verdict.SKIPPED:
+            continue
+        kernel, spec = one.kernel.outcome == "skipped", one.spec.outcome == "skipped"
+        side = "both sides" if kernel and spec else "the kernel" if kernel else "the specification"
+        text = one.kernel.text if kernel else one.spec.text
+        reasons.setdefault(f"{side}: {text}", []).append(one.name)
+    return [f"{plural(len(names), 'scenario')} skipped by {reason}" for reason, names in reasons.items()]
+
+
+def details(one: Comparison, again: str, program: VmmProgram | None = None) -> list[str]:
+    """All that is to be said about a scenario that is not equal.
+
+    :param again: the command that repeats just this one
+    """
+    needs = requirements_of(one.name)
+    said = [f"{one.verdict.value.upper()}  {one.name}" + (f"  ({needs})" if needs else "")]
+    if program:
+        said += ["  the program:", *_numbered(program.text())]
+    if one.difference:
+        said += _difference(one.difference)
+    elif one.verdict is Verdict.DIFFERENT:
+        said += [f"  all {plural(one.compared, 'observation')} are equal, and the ends differ"]
+    said += _end("specification", one.spec.outcome, one.spec.text)
+    said += _end("kernel", one.kernel.outcome, one.kernel.text)
+    said += [f"  kernel log: {line}" for line in one.splats[:10]]
+    return [*said, f"  again: {again}"]
+
+
+def _numbered(lines: list[str]) -> list[str]:
+    return [f"    {number}. {line}" if number else f"    {line}" for number, line in enumerate(lines)]
+
+
+def _difference(it: Difference) -> list[str]:
+    part = f": {it.part}" if it.part else ""
+    said = [f"  observation {it.index + 1} differs: {it.what}{part}"]
+    spec, kernel = _lines(it.spec), _lines(it.kernel)
+    if len(spec) == len(kernel) == 1:
+        return [*said, f"    specification  {spec[0]}", f"    kernel         {kernel[0]}"]
+    diff = list(difflib.unified_diff(spec, kernel, lineterm="", n=_CONTEXT))
+    # The file names are replaced by what the sides are.
+    said += ["    - specification", "    + kernel"]
+    return [*said, *(f"    {line}" for line in diff[2:])]
+
+
+def _lines(value: object) -> list[str]:
+    """A value as lines: a table by its leaves, a record by its fields, all else as it is."""
+    if isinstance(value, list):
+        if not value:
+            return ["nothing"]
+        return [line for one in value for line in _item(one)]
+    return [_text(value)]
+
+
+def _item(value: object) -> list[str]:
+    """One of several: the tables of a list of tables are told apart by a line."""
+    if isinstance(value, list):
+        return ["table", *(f"  {line}" for line in _lines(value))]
+    return [_text(value)]
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "nothing: it had ended before"
+    if not isinstance(value, dict):
+        return (
+            f"{value:#x}"
+            if isinstance(value, int) and not isinstance(value, bool) and value > 9
+            else str(value)
+        )
+    fields = cast(dict[str, object], value)
+    if fields.get("kind") == "Leaf":
+        return leaf_line(Leaf(**{name: it for name, it in fields.items() if name != "kind"}))  # type: ignore[arg-type]  # as it was written
+    shown = ", ".join(f"{name}={_text(it)}" for name, it in fields.items() if name != "kind")
+    return f"{fields.get('kind', '')}({shown})"
+
+
+def _end(side: str, outcome: str, text: str) -> list[str]:
+    lines = text.strip().splitlines()
+    # Of a traceback, its end says what happened.
+    shown = lines if len(lines) <= 6 else ["…", *lines[-5:]]
+    head = f"  {side}: {outcome}"
+    return [f"{head}: {shown[0][:_WIDE]}" if shown else head, *(f"    {line[:_WIDE]}" for line in shown[1:])]
+
+
+def sentence(comparisons: Sequence[Comparison], seconds: dict[str, float], boots: int) -> str:
+    """One line about the whole run."""
+    bad = sum(one.verdict in BAD for one in comparisons)
+    equal = sum(one.verdict is Verdict.EQUAL for one in comparisons)
+    seen = sum(one.compared for one in comparisons)
+    times = ", ".join(f"{side} {spent:.1f} s" for side, spent in seconds.items())
+    return (
+        f"{equal:,} of {plural(len(comparisons), 'scenario')} equal, {bad:,} not, "
+        f"{seen:,} observations compared; {times}, {plural(boots, 'boot')}"
+    )
