@@ -20,8 +20,10 @@ from prefault import __version__
 from prefault.cli import output
 from prefault.cli.conform import conform
 from prefault.cli.lab import lab
+from prefault.cli.map import map_
 from prefault.cli.probe import probe
 from prefault.cli.run import run
+from prefault.cli.soak import soak
 from prefault.errors import ExitCode, PrefaultError
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -52,6 +54,7 @@ def root() -> None:
     \b
     prefault probe             what the KVM of this machine offers
     prefault run               a guest walks its memory, without and with pre-faulting
+    prefault map               the stage-2 tables of a VM, drawn
     prefault conform           the same scenarios on the specification and on a real kernel
     prefault lab build         build the kernel of the lab: arm64 KVM on any Linux machine
     """
@@ -59,8 +62,10 @@ def root() -> None:
 
 root.add_command(probe)
 root.add_command(run)
+root.add_command(map_)
 root.add_command(conform)
 root.add_command(lab)
+lab.add_command(soak)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

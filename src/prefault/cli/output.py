@@ -54,9 +54,9 @@ def wants_json(ctx: click.Context | None = None) -> bool:
     return bool(ctx and ctx.meta.get(_JSON_KEY))
 
 
-def stdout() -> Console:
+def stdout(width: int | None = None) -> Console:
     """Console for results. Made on each call, because tests exchange ``sys.stdout``."""
-    return Console(highlight=False, soft_wrap=False)
+    return Console(highlight=False, soft_wrap=False, width=width)
 
 
 def stderr() -> Console:
