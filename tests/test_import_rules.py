@@ -12,7 +12,7 @@ import pytest
 import prefault
 
 ROOT = Path(prefault.__file__).parent
-INSIDE_THE_LAB = ("abi", "kvm", "guest", "scenarios", "machine", "errors")
+INSIDE_THE_LAB = ("abi", "kvm", "guest", "scenarios", "soak", "machine", "errors")
 FORBIDDEN = {
     "abi": {"*"},
     "spec": {"kvm", "lab"},

@@ -193,8 +193,13 @@ class Vm(Descriptor):
         slot = self._slot_of(gpa, size)
         slot.memory.unmap(gpa - slot.region.gpa, size)
 
+    def hva_of(self, gpa: int) -> int:
+        """Where the host has a byte of guest memory."""
+        slot = self._slot_of(gpa, 1)
+        return slot.memory.hva + gpa - slot.region.gpa
+
     def _slot_of(self, gpa: int, size: int) -> _Slot:
-        for slot in self._slots.values():
+        for slot in list(self._slots.values()):  # Another thread may be changing them.
             if slot.covers(gpa) and gpa + size <= slot.region.gpa + slot.region.size:
                 return slot
         raise UsageError(
