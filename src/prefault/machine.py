@@ -278,7 +278,7 @@ class Userfault(Protocol):
         """UFFDIO_CONTINUE: map what shared memory has there."""
 
     def write_protect(self, gpa: int, size: int, *, protect: bool) -> None:
-        """UFFDIO_WRITEPROTECT: let the handler be asked before pages that are there are written, or no more."""
+        """UFFDIO_WRITEPROTECT: ask before pages that are there are written, or no more."""
 
     def interrupt(self) -> None:
         """Send a signal to the thread whose fault the handler was asked about last."""

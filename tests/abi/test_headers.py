@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from prefault.abi import arm64, constants, ioctls, structures
+from prefault.abi import arm64, constants, ioctls, structures, userfaultfd
 from prefault.errors import PrefaultError
 
 ARM64_ONLY = {"KVM_ARM_PREFERRED_TARGET", "KVM_ARM_VCPU_INIT", "kvm_vcpu_init"}
@@ -87,7 +87,7 @@ USABLE = [headers for headers in _candidates() if _usable(headers)]
 def _numbers() -> dict[str, int]:
     """Every public constant, with its value."""
     found: dict[str, int] = {}
-    for module in (constants, ioctls, arm64):
+    for module in (constants, ioctls, arm64, userfaultfd):
         for name, value in vars(module).items():
             if name.isupper() and isinstance(value, int) and not name.startswith("_"):
                 found[name] = value
@@ -118,6 +118,8 @@ def _assertions(headers: Headers) -> list[Assertion]:
     for one in STRUCTURES:
         if headers.arm64 or not _is_arm64_only(one.__name__):
             found += _layout(one)
+    size = ctypes.sizeof(userfaultfd.uffd_msg)
+    found.append(Assertion("uffd_msg", f"sizeof(struct uffd_msg) == {size}", "1"))
     for member, kind, *_ in structures._exit_union._fields_:
         if isinstance(kind, type) and issubclass(kind, ctypes.Structure):  # that is, not the padding
             found += _exit_layout(member, kind)
@@ -153,7 +155,8 @@ def _exit_layout(member: str, kind: type[ctypes.Structure]) -> list[Assertion]:
 
 
 # The kernel's own macros of the GIC's sizes are made of this one, which its UAPI headers lack.
-INCLUDES = "#define SZ_64K 0x10000\n#include <stddef.h>\n#include <errno.h>\n#include <linux/kvm.h>\n"
+HEADERS = ("stddef.h", "errno.h", "linux/kvm.h", "linux/userfaultfd.h")
+INCLUDES = "#define SZ_64K 0x10000\n" + "".join(f"#include <{header}>\n" for header in HEADERS)
 
 
 def _program(assertions: list[Assertion]) -> str:

@@ -18,6 +18,7 @@ from prefault.kvm.descriptor import Descriptor
 from prefault.kvm.device import Device
 from prefault.kvm.memory import Memory
 from prefault.kvm.tracing import KvmFaultCounter
+from prefault.kvm.userfault import Userfault
 from prefault.kvm.vcpu import Vcpu
 from prefault.machine import (
     Access,
@@ -26,6 +27,8 @@ from prefault.machine import (
     Leaf,
     MemoryRegion,
     SlotFlags,
+    UserfaultHandler,
+    UserfaultMode,
     VcpuConfig,
     VmConfig,
 )
@@ -59,6 +62,7 @@ class Vm(Descriptor):
         self._debugfs = stage2.DEBUGFS_KVM / f"{threading.get_native_id()}-{fd}"
         self._slots: dict[int, _Slot] = {}
         self._memories: list[Memory] = []
+        self._userfaults: list[Userfault] = []
         self._vcpus: list[Vcpu] = []
         self._l2_mappings: list[L2Mapping] = []
         self._run_threads: set[int] = set()
@@ -198,6 +202,15 @@ class Vm(Descriptor):
         slot = self._slot_of(gpa, 1)
         return slot.memory.hva + gpa - slot.region.gpa
 
+    def handle_userfaults(
+        self, gpa: int, size: int, mode: UserfaultMode, handler: UserfaultHandler
+    ) -> Userfault:
+        """Have the faults of the VMM on ``[gpa, gpa+size)``, which lies in one memslot, served."""
+        self._slot_of(gpa, size)
+        made = Userfault(self.hva_of(gpa), gpa, size, mode, handler, self._page_size)
+        self._userfaults.append(made)
+        return made
+
     def _slot_of(self, gpa: int, size: int) -> _Slot:
         for slot in list(self._slots.values()):  # Another thread may be changing them.
             if slot.covers(gpa) and gpa + size <= slot.region.gpa + slot.region.size:
@@ -251,6 +264,8 @@ class Vm(Descriptor):
 
     def close(self) -> None:
         """Close the VM and its vCPUs. Safe to call again."""
+        while self._userfaults:
+            self._userfaults.pop().close()
         while self._vcpus:
             self._vcpus.pop().close()
         if self._gic:

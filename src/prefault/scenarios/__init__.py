@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold, as short programs over machine.py. Importing this lists all of them."""
 
-from prefault.scenarios import memory, nested, ordinary, refusals
+from prefault.scenarios import memory, nested, ordinary, refusals, userfault
 from prefault.scenarios.scenario import SCENARIOS, Outcome, Scenario, Stage, perform
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "ordinary",
     "perform",
     "refusals",
+    "userfault",
 ]

@@ -18,26 +18,27 @@ Pfn = tuple[int, bool, bool]
 """Frame, whether it may be mapped writable, whether it is pinned."""
 
 
-def kvm_faultin_pfn(kvm: KvmState, slot: Slot, ipa: int, *, write: bool) -> Pfn | int:
+def kvm_faultin_pfn(kvm: KvmState, slot: Slot, ipa: int, *, write: bool, interruptible: bool) -> Pfn | int:
     """Mirrors: __kvm_faultin_pfn()
 
     :returns: a negative errno if there is no page: EINTR, EHWPOISON or EFAULT
     """
     if write and slot.flags & KVM_MEM_READONLY:
         return -errno.EFAULT
+    read_only = bool(slot.flags & KVM_MEM_READONLY)
     return hva_to_pfn(
-        kvm.host.mm, slot.hva_of(ipa), write=write, read_only=bool(slot.flags & KVM_MEM_READONLY)
+        kvm.host.mm, slot.hva_of(ipa), write=write, read_only=read_only, interruptible=interruptible
     )
 
 
-def hva_to_pfn(mm: Mm, hva: int, *, write: bool, read_only: bool) -> Pfn | int:
+def hva_to_pfn(mm: Mm, hva: int, *, write: bool, read_only: bool, interruptible: bool) -> Pfn | int:
     """Mirrors: hva_to_pfn()"""
     if not read_only:
         fast = mm.get_user_page_fast_only(hva)
         if fast is not None:
             step("page.pinned")
             return fast, True, True
-    pfn = mm.get_user_page(hva, write=write)
+    pfn = mm.get_user_page(hva, write=write, interruptible=interruptible)
     if pfn >= 0:
         step("page.pinned")
         return _map_read_writable(mm, hva, pfn, write=write, read_only=read_only)

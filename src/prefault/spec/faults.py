@@ -146,7 +146,13 @@ def kvm_s2_fault_pin_pfn(s2fd: FaultDesc) -> VmaInfo | int:
     s2vi = kvm_s2_fault_get_vma_info(s2fd)
     if isinstance(s2vi, int):
         return s2vi
-    found = faultin.kvm_faultin_pfn(s2fd.kvm, s2fd.slot, get_canonical_ipa(s2fd, s2vi), write=s2fd.write)
+    found = faultin.kvm_faultin_pfn(
+        s2fd.kvm,
+        s2fd.slot,
+        get_canonical_ipa(s2fd, s2vi),
+        write=s2fd.write,
+        interruptible=s2fd.prefault,
+    )
     if isinstance(found, int):
         if s2fd.prefault:
             return found

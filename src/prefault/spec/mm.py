@@ -70,6 +70,7 @@ class Vma:
     :ivar hugetlb: the file's pages are huge, of the size 1 << file.shift
     :ivar missing: userfaultfd handler for pages that are not there
     :ivar minor: userfaultfd handler for pages of the file that are not mapped
+    :ivar write_protect: userfaultfd handler for writes to pages in ``Mm.uffd_wp``
     """
 
     start: int
@@ -83,6 +84,7 @@ class Vma:
     pfn: int = 0
     missing: FaultHandler | None = None
     minor: FaultHandler | None = None
+    write_protect: FaultHandler | None = None
     hugetlb: bool = False
     nohugepage: bool = False
 
@@ -106,6 +108,8 @@ class Mm:
         """Of anonymous frames that more than one page table or address uses: fork, KSM."""
         self.donated: set[int] = set()
         """Frames that protected guests have: this process faults on them."""
+        self.uffd_wp: set[int] = set()
+        """Numbers of pages that a userfaultfd handler has write-protected. Mirrors: pte_uffd_wp()"""
         self._huge_zero = 0
         self._next = 0x7F00_0000_0000
 
@@ -200,6 +204,7 @@ class Mm:
             for number in numbers:
                 entry = entries.pop(number, None)
                 if entry is not None:
+                    self.uffd_wp.discard(number)
                     self._put(number << shift, entry >> PFN_SHIFT, shift)
 
     def _put(self, hva: int, pfn: int, shift: int) -> None:
@@ -207,14 +212,15 @@ class Mm:
         vma = self.vma_lookup(hva)
         if pfn in (self.memory.zero_pfn, self._huge_zero) or vma is None or vma.pfn:
             return
-        if vma.file and vma.file.pages.get(self._index(vma, hva)) == pfn:
+        if vma.file and vma.file.pages.get(self.index(vma, hva)) == pfn:
             return
         if self.mapcount[pfn] > 1:
             self.mapcount[pfn] -= 1
         else:
             self.memory.free(pfn, 1 << shift - self.page_shift)
 
-    def _index(self, vma: Vma, hva: int) -> int:
+    def index(self, vma: Vma, hva: int) -> int:
+        """Which page of its file an address is. Mirrors: linear_page_index()"""
         assert vma.file
         return (hva - vma.start + vma.offset) >> vma.file.shift
 
@@ -230,9 +236,7 @@ class Mm:
             ret = self._fault_missing(vma, hva, write)
         else:
             entry, shift = found
-            if write and not entry & WRITABLE:
-                self._write_protected(vma, hva, entry, shift)
-            ret = 0
+            ret = self._write_protected(vma, hva, entry, shift) if write and not entry & WRITABLE else 0
         found = self.lookup(hva)
         if not ret and found and self.pfn_of(hva, *found) in self.memory.poisoned:
             return -EHWPOISON
@@ -255,7 +259,7 @@ class Mm:
 
     def _fault_file(self, vma: Vma, hva: int, file: File, write: bool) -> int:
         """Mirrors: do_read_fault(), do_cow_fault(), do_shared_fault(), hugetlb_no_page()"""
-        index = self._index(vma, hva)
+        index = self.index(vma, hva)
         handler = vma.minor if index in file.pages else vma.missing
         if handler:
             step("uffd.wait")
@@ -278,7 +282,7 @@ class Mm:
         start = max(hva & -_FAULT_AROUND, vma.start)
         end = min(start + _FAULT_AROUND, (hva >> self.pmd_shift) + 1 << self.pmd_shift, vma.end)
         for number in range(start >> shift, end >> shift):
-            pfn = file.pages.get(self._index(vma, number << shift))
+            pfn = file.pages.get(self.index(vma, number << shift))
             if pfn is not None and number not in entries and pfn not in self.memory.poisoned:
                 entries[number] = pfn << PFN_SHIFT | writable
 
@@ -309,12 +313,14 @@ class Mm:
         self._huge_zero = self._huge_zero or self._allocate_pmd()
         return self._huge_zero
 
-    def _write_protected(self, vma: Vma, hva: int, entry: int, shift: int) -> None:
+    def _write_protected(self, vma: Vma, hva: int, entry: int, shift: int) -> int:
         """Mirrors: do_wp_page(), do_huge_pmd_wp_page()"""
+        if vma.write_protect and hva >> self.page_shift in self.uffd_wp:
+            return 0 if vma.write_protect(hva, True) else -errno.EINTR
         pfn = entry >> PFN_SHIFT
         if vma.shared or self._exclusive(vma, hva, pfn):
             self.ptes[shift][hva >> shift] |= WRITABLE
-            return
+            return 0
         if shift == self.pmd_shift and pfn != self._huge_zero:
             self._split_pmd(hva)
             shift, pfn = self.page_shift, self.pfn_of(hva, entry, shift)
@@ -324,12 +330,13 @@ class Mm:
             self.memory.copy(pfn, new, 1 << shift - self.page_shift)
             self._put(hva, pfn, shift)
             self.ptes[shift][hva >> shift] = new << PFN_SHIFT | WRITABLE
+        return 0
 
     def _exclusive(self, vma: Vma, hva: int, pfn: int) -> bool:
         """Whether nobody else has an anonymous frame. Mirrors: PageAnonExclusive()"""
         if pfn in (self.memory.zero_pfn, self._huge_zero) or self.mapcount[pfn] > 1:
             return False
-        return not (vma.file and vma.file.pages.get(self._index(vma, hva)) == pfn)
+        return not (vma.file and vma.file.pages.get(self.index(vma, hva)) == pfn)
 
     def _split_pmd(self, hva: int) -> None:
         """Map a THP by pages. Mirrors: split_huge_pmd()"""
@@ -362,8 +369,10 @@ class Mm:
         pfn = self.pfn_of(hva, *found)
         return None if pfn in self.memory.poisoned else self.pin(pfn)
 
-    def get_user_page(self, hva: int, *, write: bool) -> int:
+    def get_user_page(self, hva: int, *, write: bool, interruptible: bool = False) -> int:
         """The frame of an address, faulted in if need be, or a negative errno.
+
+        :param interruptible: give up a wait for userfaultfd if there is a signal; FOLL_INTERRUPTIBLE
 
         Mirrors: get_user_pages_unlocked()
         """
@@ -375,7 +384,7 @@ class Mm:
             found = self.lookup(hva)
             if found is None or (write and not found[0] & WRITABLE) or not vma.readable:
                 ret = self.fault(hva, write=write)
-                if ret:
+                if ret and (ret != -errno.EINTR or interruptible):
                     return ret
                 continue
             pfn = self.pfn_of(hva, *found)

@@ -98,8 +98,20 @@ class Process(Mm):
                 for shift, entries in self.ptes.items():
                     for number in [n for n in entries if first <= n << shift < last]:
                         self._protect(entries, number, shift, writable)
-        self._merge_vmas()
+        self.merge_vmas()
         return -errno.ENOMEM if reached < end else 0
+
+    def uffd_wp_range(self, start: int, end: int, *, protect: bool) -> None:
+        """Write-protect pages that are there for userfaultfd, or no more. Mirrors: uffd_wp_range()"""
+        entries, shift = self.ptes[self.page_shift], self.page_shift
+        with self._invalidation(start, end):
+            for number in [n for n in entries if start <= n << shift < end]:
+                if protect:
+                    self.uffd_wp.add(number)
+                    entries[number] &= ~WRITABLE
+                elif number in self.uffd_wp:
+                    self.uffd_wp.discard(number)
+                    self._protect(entries, number, shift, writable=True)
 
     def advise_hugepage(self, start: int, end: int, *, wanted: bool) -> int:
         """MADV_HUGEPAGE, MADV_NOHUGEPAGE; 0 or a negative errno. Mirrors: hugepage_madvise()"""
@@ -111,10 +123,10 @@ class Process(Mm):
                 return -errno.EINVAL
             (part,) = self.isolate(first, last)
             part.thp, part.nohugepage = wanted, not wanted
-        self._merge_vmas()
+        self.merge_vmas()
         return -errno.ENOMEM if self._has_hole(start, end) else 0
 
-    def _merge_vmas(self) -> None:
+    def merge_vmas(self) -> None:
         """Join neighbours that differ in nothing. Mirrors: vma_merge()"""
         merged: list[Vma] = []
         for vma in sorted(self.vmas, key=lambda one: one.start):

@@ -4,11 +4,14 @@
 The spec calls ``step`` where the kernel takes or drops a lock, samples or checks the sequence
 count, writes a descriptor, pins or releases a page. Running alone that does nothing. A scheduler
 that is installed gets control at each step and can let another actor go first; it also decides
-what happens where an actor has to wait.
+what happens where an actor has to wait. Threads of Python take turns: each holds LOCK while it is
+in the spec, and lets go of it only where it has to wait.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -28,6 +31,13 @@ class Scheduler(Protocol):
     def wait(self, name: str, ready: Callable[[], bool]) -> None:
         """The running actor waits until ``ready()``."""
 
+
+LOCK = threading.Condition()
+"""Held by the thread that is in the spec."""
+
+_PATIENCE = 5.0
+"""Seconds after which a thread that waits for others is taken to wait for ever."""
+_POLL = 0.002
 
 _scheduler: Scheduler | None = None
 
@@ -54,7 +64,16 @@ def wait(name: str, ready: Callable[[], bool]) -> None:
     if _scheduler is not None:
         _scheduler.wait(name, ready)
     elif not ready():
-        raise Violation(f"deadlock: {name} waits for something that nobody is left to do")
+        _wait_for_threads(name, ready)
+
+
+def _wait_for_threads(name: str, ready: Callable[[], bool]) -> None:
+    """Let other threads into the spec until ``ready()``."""
+    deadline = time.monotonic() + _PATIENCE
+    while not ready():
+        if threading.active_count() == 1 or time.monotonic() > deadline:
+            raise Violation(f"deadlock: {name} waits for something that nobody is left to do")
+        LOCK.wait(_POLL)
 
 
 class Resched:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-from threading import RLock
 
 from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.machine import VmConfig
@@ -22,7 +21,6 @@ class SpecKvm:
 
     def __init__(self, config: HostConfig, faults: Faults) -> None:
         self.host = Host(config, faults)
-        self._lock = RLock()
         self._vms: list[SpecVm] = []
 
     @property
@@ -52,7 +50,7 @@ class SpecKvm:
             raise KvmError("KVM_CREATE_VM", errno.EINVAL, hint=f"machine type {config.ipa_bits:#x}")
         if config.protected and not self.host.config.protected:
             raise CapabilityMissing("this host makes no protected VMs; boot it with kvm-arm.mode=protected")
-        vm = SpecVm(self.host, config, self._lock)
+        vm = SpecVm(self.host, config)
         self._vms.append(vm)
         return vm
 

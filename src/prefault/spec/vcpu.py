@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from threading import RLock
 
 from prefault.abi import arm64
 from prefault.errors import CapabilityMissing, KvmError, UsageError
@@ -17,6 +16,7 @@ from prefault.spec.abort import AbortHandler, Trace
 from prefault.spec.cpu import EC_HVC, EC_SHIFT, EC_UNKNOWN, IL, Abort, Cpu, Eret, Hvc, Tlbi, Trap, Undefined
 from prefault.spec.prefault import kvm_vcpu_pre_fault_memory
 from prefault.spec.state import KvmState, S2Mmu
+from prefault.spec.steps import LOCK
 
 _PSTATE_EL1H_MASKED = 0x3C5
 _PSTATE_EL2H_MASKED = 0x3C9
@@ -27,16 +27,14 @@ _NAME = "KVM_PRE_FAULT_MEMORY"
 class SpecVcpu:
     """A vCPU descriptor.
 
-    :param lock: held while anything happens, so that threads may share a VM
     :param can_pre_fault: whether the VM reports KVM_CAP_PRE_FAULT_MEMORY
     """
 
     def __init__(
-        self, kvm: KvmState, config: VcpuConfig, lock: RLock, trace: Trace, can_pre_fault: Callable[[], bool]
+        self, kvm: KvmState, config: VcpuConfig, trace: Trace, can_pre_fault: Callable[[], bool]
     ) -> None:
         self._kvm = kvm
         self._config = config
-        self._lock = lock
         self._can_pre_fault = can_pre_fault
         self._open = True
         self.cpu = Cpu(kvm.host.memory, kvm.mmu)
@@ -73,7 +71,7 @@ class SpecVcpu:
             raise KvmError("KVM_RUN", errno.EBADF)
         if not self._config.initialised:
             return Failed(errno.ENOEXEC)
-        with self._lock:
+        with LOCK:
             self._kvm.has_run = True
             self._complete_exit()
             self._load_mmu()
@@ -144,7 +142,7 @@ class SpecVcpu:
 
     def pre_fault_memory_once(self, gpa: int, size: int, flags: int = 0) -> PreFaultProgress:
         """One KVM_PRE_FAULT_MEMORY call; never raises for what the kernel answers."""
-        with self._lock:
+        with LOCK:
             initialised = self._config.initialised
             return PreFaultProgress(
                 *kvm_vcpu_pre_fault_memory(self._kvm, gpa, size, flags, initialised=initialised)

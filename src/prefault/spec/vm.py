@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import functools
 from collections.abc import Iterable
-from threading import RLock
 from types import TracebackType
 from typing import Self
 
@@ -23,6 +22,8 @@ from prefault.machine import (
     Leaf,
     MemoryRegion,
     SlotFlags,
+    UserfaultHandler,
+    UserfaultMode,
     VcpuConfig,
     VmConfig,
 )
@@ -34,7 +35,9 @@ from prefault.spec.nested import FSC_PERM
 from prefault.spec.pgtable import PageTable
 from prefault.spec.pkvm import pkvm_destroy_hyp_vm
 from prefault.spec.state import Host, KvmState, S2Mmu, Slot
+from prefault.spec.steps import LOCK
 from prefault.spec.unmap import KvmNotifier
+from prefault.spec.userfault import SpecUserfault
 from prefault.spec.vcpu import SpecVcpu
 
 _DEFAULT_IPA_BITS = 40
@@ -62,10 +65,9 @@ class _Region:
 class SpecVm:
     """A VM descriptor."""
 
-    def __init__(self, host: Host, config: VmConfig, lock: RLock) -> None:
+    def __init__(self, host: Host, config: VmConfig) -> None:
         self._host = host
         self._config = config
-        self._lock = lock
         # The hypervisor has one size for all.
         bits = host.config.ipa_limit if host.config.protected else config.ipa_bits or _DEFAULT_IPA_BITS
         mmu = S2Mmu(host.memory, host.config.granule, bits, shadow=False)
@@ -76,6 +78,7 @@ class SpecVm:
         self._mapped: list[Vma] = []
         self._vcpus: list[SpecVcpu] = []
         self._l2_mappings: list[L2Mapping] = []
+        self._userfaults: list[SpecUserfault] = []
         self._counts: FaultCounts | None = None
         self._open = True
 
@@ -83,7 +86,7 @@ class SpecVm:
 
     def set_user_memory_region(self, region: MemoryRegion) -> None:
         """Create, change or (size 0) delete a memslot. Its mapping outlives it."""
-        with self._lock:
+        with LOCK:
             old = self._regions.get(region.slot)
             if not region.size:
                 self._set_region(region, 0, None)
@@ -116,7 +119,7 @@ class SpecVm:
 
     def get_dirty_log(self, slot: int) -> list[int]:
         """Page numbers, relative to the slot, written since the last call."""
-        with self._lock:
+        with LOCK:
             if slot not in self._regions or not self._regions[slot].region.flags & SlotFlags.LOG_DIRTY_PAGES:
                 raise UsageError(f"slot {slot} has no dirty log; set it with SlotFlags.LOG_DIRTY_PAGES")
             found = next(one for one in self.kvm.slots if one.id == slot)
@@ -141,7 +144,7 @@ class SpecVm:
             raise KvmError("KVM_CREATE_VCPU", errno.EBUSY, hint=hint)
         if config.el2 and not self._config.gic:
             raise UsageError("vCPUs with EL2 need an in-kernel GIC; create the VM with VmConfig(gic=True)")
-        vcpu = SpecVcpu(self.kvm, config, self._lock, self._trace, self._can_pre_fault)
+        vcpu = SpecVcpu(self.kvm, config, self._trace, self._can_pre_fault)
         self._vcpus.append(vcpu)
         if config.el2 and config.initialised:
             nested.kvm_vcpu_init_nested(self.kvm, len(self._vcpus))
@@ -162,29 +165,37 @@ class SpecVm:
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """Guest memory as the host sees it."""
-        with self._lock:
+        with LOCK:
             return self._host.mm.read(self.hva_of(gpa, size), size)
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Write guest memory from the host."""
-        with self._lock:
+        with LOCK:
             self._host.mm.write(self.hva_of(gpa, len(data)), data)
 
     def advise(self, gpa: int, size: int, advice: Advice) -> None:
         """madvise(2) on the host's mapping of ``[gpa, gpa+size)``, which lies in one memslot."""
-        with self._lock:
+        with LOCK:
             backing.advise(self._host, self.hva_of(gpa, size), size, advice)
 
     def protect(self, gpa: int, size: int, access: Access) -> None:
         """mprotect(2) on the host's mapping of ``[gpa, gpa+size)``, which lies in one memslot."""
-        with self._lock:
+        with LOCK:
             backing.protect(self._host, self.hva_of(gpa, size), size, access)
 
     def unmap(self, gpa: int, size: int) -> None:
         """munmap(2) the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
-        with self._lock:
+        with LOCK:
             hva = self.hva_of(gpa, size)
             self._host.mm.munmap(hva, hva + size)
+
+    def handle_userfaults(
+        self, gpa: int, size: int, mode: UserfaultMode, handler: UserfaultHandler
+    ) -> SpecUserfault:
+        """Have the faults of the VMM on ``[gpa, gpa+size)``, which lies in one memslot, served."""
+        made = SpecUserfault(self._host.mm, self.hva_of(gpa, size), gpa, size, mode, handler)
+        self._userfaults.append(made)
+        return made
 
     def hva_of(self, gpa: int, size: int = 1) -> int:
         """Where guest memory is in the VMM's."""
@@ -203,18 +214,18 @@ class SpecVm:
             raise CapabilityMissing(
                 "stage-2 tables are the hypervisor's on a host in protected mode, and cannot be read"
             )
-        with self._lock:
+        with LOCK:
             return leaves(self.kvm.mmu.pgt)
 
     def nested_stage2(self) -> list[list[Leaf]]:
         """Leaves of every shadow stage-2 table in use, by index."""
-        with self._lock:
+        with LOCK:
             return [leaves(mmu.pgt) for mmu in self.kvm.nested_mmus if mmu.tlb_vttbr is not None]
 
     def ptdump(self) -> list[str]:
         """The canonical table, then every shadow table in use, as text in the form of debugfs."""
         self.stage2()  # refuses where the tables are the hypervisor's
-        with self._lock:
+        with LOCK:
             return [ptdump.show(mmu) for mmu in self._mmus() if not mmu.shadow or mmu.tlb_vttbr is not None]
 
     def count_faults(self) -> SpecFaultCounter:
@@ -264,6 +275,8 @@ class SpecVm:
         if not self._open:
             return
         self._open = False
+        while self._userfaults:
+            self._userfaults.pop().close()
         for vcpu in self._vcpus:
             vcpu.close()
         self._host.mm.notifiers.remove(self._notifier)
