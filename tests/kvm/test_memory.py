@@ -113,14 +113,15 @@ def test_thp_switched_off_says_how_to_switch_it_on(monkeypatch: pytest.MonkeyPat
 
 
 class FakePool:
-    """A hugetlb pool that grants at most ``limit`` pages."""
+    """A hugetlb pool that grants at most ``limit`` pages, and of which mappings have reserved some."""
 
-    def __init__(self, root: Path, pages: int, limit: int) -> None:
+    def __init__(self, root: Path, pages: int, limit: int, reserved: int = 0) -> None:
         self.folder = root / "hugepages-2048kB"
         self.folder.mkdir(parents=True)
         self.limit = limit
         (self.folder / "nr_hugepages").write_text(str(pages))
         (self.folder / "free_hugepages").write_text(str(pages))
+        (self.folder / "resv_hugepages").write_text(str(reserved))
 
     def count(self) -> int:
         return int((self.folder / "nr_hugepages").read_text())
@@ -130,8 +131,10 @@ class FakePool:
             return file.write(str(min(int(text), self.limit)))
 
 
-def fake_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: int, limit: int) -> FakePool:
-    pool = FakePool(tmp_path, pages, limit)
+def fake_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: int, limit: int, reserved: int = 0
+) -> FakePool:
+    pool = FakePool(tmp_path, pages, limit, reserved)
     monkeypatch.setattr(hugepages, "_HUGETLB", tmp_path)
     monkeypatch.setattr(Path, "write_text", lambda path, text: pool.grant(path, text))
     return pool
@@ -146,6 +149,16 @@ def test_a_pool_is_grown_by_what_is_missing_and_shrunk_again(
     reservation.close()
     reservation.close()
     assert pool.count() == 3
+
+
+def test_pages_that_others_have_reserved_are_missing_though_they_are_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = fake_pool(tmp_path, monkeypatch, 3, 100, reserved=2)
+    hugepages.Reservation(2 * MIB, 1)
+    assert pool.count() == 3
+    hugepages.Reservation(2 * MIB, 3)
+    assert pool.count() == 5
 
 
 def test_a_pool_that_cannot_grow_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

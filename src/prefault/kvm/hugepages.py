@@ -13,11 +13,15 @@ _THP = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def sizes() -> dict[int, int]:
-    """hugetlb page sizes in bytes, with how many pages of each are free."""
+    """hugetlb page sizes in bytes, with how many pages of each can be had.
+
+    A page that a mapping has reserved, but not touched yet, is free and spoken for.
+    """
     found = {}
     for folder in sorted(_HUGETLB.glob("hugepages-*kB")):
         kib = int(folder.name.removeprefix("hugepages-").removesuffix("kB"))
-        found[kib << 10] = int((folder / "free_hugepages").read_text())
+        free, reserved = (int((folder / f"{name}_hugepages").read_text()) for name in ("free", "resv"))
+        found[kib << 10] = free - reserved
     return found
 
 
