@@ -190,6 +190,8 @@ def _make(origin: Source, recipe: Recipe, jobs: int, progress: Progress) -> Reco
     cache.need_space(origin.folder, BUILD_MIB << 20, "the kernel build")
     cache.remove_leftovers(origin.folder)
     (origin.folder / "build.json").unlink(missing_ok=True)
+    # Before anything is read: what changes during the build is not in it.
+    identity, config, patches, compiler, *selftests = _wanted(origin, recipe)
     log = origin.folder / "build.log"
     log.unlink(missing_ok=True)
     make = Make(origin.tree, origin.folder / "build", log, jobs)
@@ -207,7 +209,6 @@ def _make(origin: Source, recipe: Recipe, jobs: int, progress: Progress) -> Reco
 
     image = make.output / "arch/arm64/boot/Image"
     cache.write_file(origin.folder / "Image", image.read_bytes())
-    identity, config, patches, compiler, *selftests = _wanted(origin, recipe)
     record = Record(
         version=source.version_of(origin.tree),
         source=origin.name,
