@@ -299,6 +299,25 @@ class Userfault(Protocol):
     ) -> None: ...
 
 
+class Child(Protocol):
+    """A child process of the VMM, which has its memory as it was at the fork."""
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """Guest memory as the child sees it."""
+
+    def close(self) -> None:
+        """Let the child end. Safe to call again."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
 UserfaultHandler = Callable[[Userfault, int, bool], None]
 """Called with the gpa of the page and whether it was to be written, once or more for each fault."""
 
@@ -332,6 +351,15 @@ class Vm(Protocol):
 
     def unmap(self, gpa: int, size: int) -> None:
         """munmap(2) the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
+
+    def fork(self) -> Child:
+        """fork(2) of the VMM: it shares its private memory with the child, copied on write."""
+
+    def merge(self, gpa: int, size: int) -> None:
+        """Have KSM make one page of the pages of ``[gpa, gpa+size)``, which are equal."""
+
+    def age(self, gpa: int, size: int) -> None:
+        """Have the host take note that nobody has used ``[gpa, gpa+size)`` lately."""
 
     def handle_userfaults(
         self, gpa: int, size: int, mode: UserfaultMode, handler: UserfaultHandler

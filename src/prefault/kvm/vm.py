@@ -13,7 +13,7 @@ from prefault.abi import constants, structures
 from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.guest.compile import compile_program
 from prefault.guest.program import EnterL2, L2Mapping, Program
-from prefault.kvm import device, memory, stage2
+from prefault.kvm import device, host, memory, stage2
 from prefault.kvm.descriptor import Descriptor
 from prefault.kvm.device import Device
 from prefault.kvm.memory import Memory
@@ -201,6 +201,20 @@ class Vm(Descriptor):
         """Where the host has a byte of guest memory."""
         slot = self._slot_of(gpa, 1)
         return slot.memory.hva + gpa - slot.region.gpa
+
+    def fork(self) -> host.Child:
+        """fork(2) of the VMM: it shares its private memory with the child, copied on write."""
+        return host.Child(self.hva_of)
+
+    def merge(self, gpa: int, size: int) -> None:
+        """Have KSM make one page of the pages of ``[gpa, gpa+size)``, which are equal."""
+        self._slot_of(gpa, size)
+        host.merge(self.hva_of(gpa), size, self._page_size)
+
+    def age(self, gpa: int, size: int) -> None:
+        """Have the host take note that nobody has used ``[gpa, gpa+size)`` lately."""
+        self._slot_of(gpa, size)
+        host.age(self.hva_of(gpa), size, self._page_size)
 
     def handle_userfaults(
         self, gpa: int, size: int, mode: UserfaultMode, handler: UserfaultHandler

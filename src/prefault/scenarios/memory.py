@@ -199,3 +199,100 @@ def a_new_slot_shows_its_own_memory(stage: Stage) -> None:
 
 def _delete(vm: Vm) -> None:
     vm.set_user_memory_region(MemoryRegion(1, DATA, 0))
+
+
+# What the host does of its own accord.
+
+
+@scenarios("M6", "M12", cases=[(Backing.PRIVATE,), (Backing.THP,), (Backing.FILE_PRIVATE,)])
+def memory_shared_with_a_child_is_mapped_read_only(stage: Stage, backing: Backing) -> None:
+    pages = _pages(stage, backing)
+    vm = stage.vm(stage.data(pages, backing))
+    vm.write_memory(DATA, (0x11).to_bytes(8, "little"))
+    vcpu = stage.vcpu(vm, Marker(0), Write(DATA, 0x22), Read(DATA), Report(), Marker(1), Write(DATA, 0x33))
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, pages * stage.page)
+    with vm.fork() as child:
+        stage.holds(stage.leaves(vm) == [], "fork left leaves that can be written")
+        stage.pre_fault(vcpu, DATA, pages * stage.page)
+        stage.holds(not any(leaf.writable for leaf in stage.leaves(vm)), "what a child has is writable")
+        stage.proceed(vcpu)
+        stage.proceed(vcpu)
+        kept = child.read_memory(DATA, 8)
+        stage.holds(
+            kept == (0x11).to_bytes(8, "little"), f"the guest's write reached the child: {kept.hex()}"
+        )
+        stage.leaves(vm)
+    stage.pre_fault(vcpu, DATA, pages * stage.page)
+    stage.leaves(vm)
+    stage.finish(vcpu)
+    stage.leaves(vm)
+
+
+@scenarios("M6", cases=[(Backing.SHARED,), (Backing.FILE_SHARED,), (Backing.GUEST_MEMFD,)])
+def a_fork_leaves_shared_memory_alone(stage: Stage, backing: Backing) -> None:
+    vm = stage.vm(stage.data(PAGES, backing))
+    stage.pre_fault(stage.vcpu(vm, Marker(0)), DATA, PAGES * stage.page)
+    before = stage.leaves(vm)
+    with vm.fork():
+        stage.holds(stage.leaves(vm) == before, "a fork took leaves of shared memory")
+
+
+@scenario("M6", "M12")
+def pages_merged_by_ksm_are_mapped_read_only(stage: Stage) -> None:
+    size = PAGES * stage.page
+    vm = stage.vm(stage.data(PAGES))
+    vm.write_memory(DATA, b"\x5a" * size)
+    other = DATA + stage.page
+    vcpu = stage.vcpu(vm, Marker(0), Write(DATA, 0x22), Read(DATA), Report(), Read(other), Report())
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, size)
+    vm.merge(DATA, size)
+    stage.holds(stage.leaves(vm) == [], "merging left leaves that can be written")
+    stage.pre_fault(vcpu, DATA, size)
+    stage.holds(not any(leaf.writable for leaf in stage.leaves(vm)), "a merged page is writable")
+    with vm.count_faults() as counts:
+        values = stage.finish(vcpu)
+    same = int.from_bytes(b"\x5a" * 8, "little")
+    stage.holds(values == [0x22, same], f"the guest read {values}: its write reached another page")
+    stage.holds(counts.permission == 1, f"a write to a merged page gave {counts}")
+    stage.leaves(vm)
+
+
+_TRACKED = (Backing.PRIVATE, Backing.SHARED, Backing.FILE_PRIVATE, Backing.FILE_SHARED, Backing.THP)
+
+
+@scenarios("M5", "M15", cases=[(backing,) for backing in _TRACKED])
+def old_leaves_become_young_again(stage: Stage, backing: Backing) -> None:
+    pages = _pages(stage, backing)
+    vm = stage.vm(stage.data(pages, backing))
+    vcpu = stage.vcpu(vm, Marker(0), Walk(DATA, pages * stage.page, stage.page), Report())
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, pages * stage.page)
+    young = stage.leaves(vm)
+    vm.age(DATA, pages // 2 * stage.page)
+    old = [leaf for leaf in stage.leaves(vm) if not leaf.accessed]
+    stage.holds(sum(leaf.size for leaf in old) == pages // 2 * stage.page, f"half should be old: {old}")
+    progress = stage.pre_fault_once(vcpu, DATA, pages * stage.page)
+    stage.holds((progress.errno, progress.size) == (0, 0), f"memory that is mapped gave {progress}")
+    stage.holds(stage.leaves(vm) == young, "pre-faulting did more than to make leaves young")
+    stage.holds(stage.faults(vm, vcpu).total == 0, "the guest faulted on memory that is mapped")
+
+
+@scenario("M5", "M2")
+def old_young_and_missing_pages_in_one_range(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    vcpu = stage.vcpu(vm, Marker(0), Walk(DATA, PAGES * stage.page, stage.page), Report())
+    stage.proceed(vcpu)
+    quarter = PAGES // 4 * stage.page
+    stage.pre_fault(vcpu, DATA, 2 * quarter)
+    stage.pre_fault(vcpu, DATA + 3 * quarter, quarter)
+    vm.age(DATA + quarter, quarter)
+    vm.age(DATA + 3 * quarter + stage.page, stage.page)
+    stage.leaves(vm)
+    progress = stage.pre_fault_once(vcpu, DATA, PAGES * stage.page)
+    stage.holds((progress.errno, progress.size) == (0, 0), f"a range of all kinds gave {progress}")
+    leaves = stage.leaves(vm)
+    stage.holds([leaf.size for leaf in leaves] == [PAGES * stage.page], f"all should be alike: {leaves}")
+    stage.holds(leaves[0].accessed, "a pre-faulted leaf is not young")
+    stage.holds(stage.faults(vm, vcpu).total == 0, "the guest faulted on memory that is mapped")

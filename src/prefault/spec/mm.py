@@ -210,7 +210,7 @@ class Mm:
     def _put(self, hva: int, pfn: int, shift: int) -> None:
         """A frame is mapped once less; free it if it was anonymous and this was the last."""
         vma = self.vma_lookup(hva)
-        if pfn in (self.memory.zero_pfn, self._huge_zero) or vma is None or vma.pfn:
+        if self._is_zero(pfn << PFN_SHIFT) or vma is None or vma.pfn:
             return
         if vma.file and vma.file.pages.get(self.index(vma, hva)) == pfn:
             return
@@ -306,6 +306,10 @@ class Mm:
             page in pages for page in range(first, first + (1 << self.pmd_shift - self.page_shift))
         )
 
+    def _is_zero(self, entry: int) -> bool:
+        """Mirrors: is_zero_pfn(), is_huge_zero_pfn()"""
+        return entry >> PFN_SHIFT in (self.memory.zero_pfn, self._huge_zero)
+
     def _allocate_pmd(self) -> int:
         return self.memory.allocate(self.pmd_shift - self.page_shift)
 
@@ -334,7 +338,7 @@ class Mm:
 
     def _exclusive(self, vma: Vma, hva: int, pfn: int) -> bool:
         """Whether nobody else has an anonymous frame. Mirrors: PageAnonExclusive()"""
-        if pfn in (self.memory.zero_pfn, self._huge_zero) or self.mapcount[pfn] > 1:
+        if self._is_zero(pfn << PFN_SHIFT) or self.mapcount[pfn] > 1:
             return False
         return not (vma.file and vma.file.pages.get(self.index(vma, hva)) == pfn)
 

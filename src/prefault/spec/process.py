@@ -191,6 +191,20 @@ class Process(Mm):
         # KSM's own tree holds it, too: even the last user copies on write.
         self.mapcount[merged] += 1
 
+    def age(self, hva: int, size: int) -> None:
+        """Forget that pages were used: the zero page and hugetlb are not tracked.
+
+        Mirrors: page_idle_clear_pte_refs()
+        """
+        end = hva + size
+        while hva < end:
+            vma, found = self.vma_lookup(hva), self.lookup(hva)
+            shift = found[1] if found else self.page_shift
+            tracked = vma and found and not (vma.hugetlb or vma.pfn) and not self._is_zero(found[0])
+            start, hva = hva, (hva >> shift) + 1 << shift
+            for one in self.notifiers if tracked else ():
+                one.clear_young(start & -(1 << shift), hva)
+
     def poison(self, hva: int) -> int:
         """MADV_HWPOISON: the page is unmapped, and faults on it say so; 0 or a negative errno."""
         ret = self.populate(hva, hva + self.page_size, write=False)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -34,6 +34,7 @@ from prefault.spec.mm import Vma
 from prefault.spec.nested import FSC_PERM
 from prefault.spec.pgtable import PageTable
 from prefault.spec.pkvm import pkvm_destroy_hyp_vm
+from prefault.spec.process import Process
 from prefault.spec.state import Host, KvmState, S2Mmu, Slot
 from prefault.spec.steps import LOCK
 from prefault.spec.unmap import KvmNotifier
@@ -189,6 +190,22 @@ class SpecVm:
             hva = self.hva_of(gpa, size)
             self._host.mm.munmap(hva, hva + size)
 
+    def fork(self) -> SpecChild:
+        """fork(2) of the VMM: it shares its private memory with the child, copied on write."""
+        with LOCK:
+            return SpecChild(self._host.mm.fork(), self.hva_of)
+
+    def merge(self, gpa: int, size: int) -> None:
+        """Have KSM make one page of the pages of ``[gpa, gpa+size)``, which are equal."""
+        with LOCK:
+            hva = self.hva_of(gpa, size)
+            self._host.mm.ksm_merge(list(range(hva, hva + size, self._host.mm.page_size)))
+
+    def age(self, gpa: int, size: int) -> None:
+        """Have the host take note that nobody has used ``[gpa, gpa+size)`` lately."""
+        with LOCK:
+            self._host.mm.age(self.hva_of(gpa, size), size)
+
     def handle_userfaults(
         self, gpa: int, size: int, mode: UserfaultMode, handler: UserfaultHandler
     ) -> SpecUserfault:
@@ -293,6 +310,30 @@ class SpecVm:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+
+class SpecChild:
+    """A child process of the VMM, which has its memory as it was at the fork."""
+
+    def __init__(self, mm: Process, hva_of: Callable[[int], int]) -> None:
+        self._mm = mm
+        self._hva_of = hva_of
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """Guest memory as the child sees it."""
+        with LOCK:
+            return self._mm.read(self._hva_of(gpa), size)
+
+    def close(self) -> None:
+        """Let the child end. Safe to call again."""
+        with LOCK:
+            self._mm.exit()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

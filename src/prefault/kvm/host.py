@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a host does to memory without being told by its VMM: fork, KSM, idle page tracking.
+
+The last two take root: they are switched on in sysfs, and physical pages are named by their numbers.
+
+Source: Documentation/admin-guide/mm (ksm.rst, idle_page_tracking.rst, pagemap.rst)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from prefault.errors import CapabilityMissing, PrefaultError
+from prefault.kvm import hugepages, mapping
+
+_KSM = Path("/sys/kernel/mm/ksm")
+_KSM_SETTINGS = {"pages_to_scan": "100000", "sleep_millisecs": "1", "run": "1"}
+_KSM_PATIENCE = 10.0
+_IDLE = Path("/sys/kernel/mm/page_idle/bitmap")
+_PAGEMAP = Path("/proc/self/pagemap")
+_PRESENT = 1 << 63
+_PFN = (1 << 55) - 1
+_REQUEST = struct.Struct("QQ")
+
+
+class Child:
+    """A child of this process that has its memory as it was at the fork, until it is closed.
+
+    :param hva_of: from a gpa to the address
+    """
+
+    def __init__(self, hva_of: Callable[[int], int]) -> None:
+        self._hva_of = hva_of
+        asked, self._ask = os.pipe()
+        self._answer, answered = os.pipe()
+        self._pid = os.fork()
+        if not self._pid:
+            _serve(asked, answered, (self._ask, self._answer))
+        os.close(asked)
+        os.close(answered)
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """Guest memory as the child sees it."""
+        os.write(self._ask, _REQUEST.pack(self._hva_of(gpa), size))
+        found = b""
+        while len(found) < size:
+            piece = os.read(self._answer, size - len(found))
+            if not piece:
+                raise PrefaultError(f"the forked child died when it read {size} bytes at gpa {gpa:#x}")
+            found += piece
+        return found
+
+    def close(self) -> None:
+        """Let the child end. Safe to call again."""
+        if self._ask < 0:
+            return
+        os.close(self._ask)
+        os.close(self._answer)
+        self._ask = -1
+        os.waitpid(self._pid, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _serve(asked: int, answered: int, not_ours: tuple[int, int]) -> None:
+    """What the child does; it never returns."""
+    try:
+        for fd in not_ours:
+            os.close(fd)
+        while request := os.read(asked, _REQUEST.size):
+            hva, size = _REQUEST.unpack(request)
+            os.write(answered, ctypes.string_at(hva, size))
+    finally:
+        os._exit(0)
+
+
+def merge(hva: int, size: int, page_size: int) -> None:
+    """Have KSM make one page of all the pages of a range, which must be equal.
+
+    :raises CapabilityMissing: there is no KSM, or it did not get round to it
+    """
+    with _ksm_running():
+        mapping.advise(hva, size, mapping.MADV_MERGEABLE, "MADV_MERGEABLE")
+        give_up = time.monotonic() + _KSM_PATIENCE
+        while len(set(frames(hva, size, page_size))) > 1:
+            if time.monotonic() > give_up:
+                raise CapabilityMissing(
+                    f"KSM has not merged {size:#x} bytes within {_KSM_PATIENCE:.0f} s: are all pages equal, "
+                    f"and is {_KSM}/max_page_sharing large enough?"
+                )
+            time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def _ksm_running() -> Iterator[None]:
+    try:
+        before = {name: (_KSM / name).read_text() for name in _KSM_SETTINGS}
+        for name, value in _KSM_SETTINGS.items():
+            (_KSM / name).write_text(value)
+    except OSError as error:
+        raise CapabilityMissing(f"KSM cannot be started: {error}; it takes CONFIG_KSM and root") from error
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            (_KSM / name).write_text(value)
+
+
+def frames(hva: int, size: int, page_size: int) -> list[int]:
+    """The frames behind a range, 0 for pages that are not there.
+
+    :raises CapabilityMissing: we may not know them
+    """
+    with _PAGEMAP.open("rb") as pagemap:
+        pagemap.seek(hva // page_size * 8)
+        entries = struct.unpack(f"{size // page_size}Q", pagemap.read(size // page_size * 8))
+    found = [entry & _PFN if entry & _PRESENT else 0 for entry in entries]
+    if not any(found) and any(entry & _PRESENT for entry in entries):
+        raise CapabilityMissing(f"{_PAGEMAP} shows frames to root only")
+    return found
+
+
+def age(hva: int, size: int, page_size: int) -> None:
+    """Have the kernel take note that nobody has used a range lately, as reclaim would.
+
+    :raises CapabilityMissing: there is no idle page tracking, or we may not use it
+    """
+    _onto_the_lists()
+    words: dict[int, int] = {}
+    for frame in frames(hva, size, page_size):
+        words[frame // 64] = words.get(frame // 64, 0) | 1 << frame % 64
+    try:
+        with _IDLE.open("r+b", buffering=0) as bitmap:
+            for word, bits in words.items():
+                bitmap.seek(word * 8)
+                bitmap.write(bits.to_bytes(8, "little"))
+    except OSError as error:
+        raise CapabilityMissing(
+            f"{_IDLE} cannot be written: {error}; it takes CONFIG_IDLE_PAGE_TRACKING and root"
+        ) from error
+
+
+def _onto_the_lists() -> None:
+    """New pages wait in lists of each CPU, where they cannot be marked. MADV_COLLAPSE empties these.
+
+    It has nothing to collapse here, and says so.
+    """
+    size = hugepages.pmd_size()
+    if not size:
+        return
+    whole, aligned = mapping.reserve(size, size)
+    with contextlib.suppress(CapabilityMissing):
+        mapping.map_at(aligned, size, shared=False)
+        mapping.advise(aligned, size, mapping.MADV_COLLAPSE, "MADV_COLLAPSE")
+    mapping.unmap(whole, 2 * size)
