@@ -21,6 +21,7 @@ from prefault.cli import output
 from prefault.cli.conform import conform
 from prefault.cli.lab import lab
 from prefault.cli.map import map_
+from prefault.cli.mutants import mutants
 from prefault.cli.probe import probe
 from prefault.cli.run import run
 from prefault.cli.soak import soak
@@ -66,6 +67,7 @@ root.add_command(map_)
 root.add_command(conform)
 root.add_command(lab)
 lab.add_command(soak)
+lab.add_command(mutants)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

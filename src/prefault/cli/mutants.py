@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``prefault lab mutants``: kernels with a mistake in the series, and what catches each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+import click
+from rich.table import Table
+
+from prefault.cli import output
+from prefault.cli.progress import drawn
+from prefault.conform import in_lab, on_spec
+from prefault.conform.compare import BAD, Comparison, compare_all
+from prefault.conform.suite import Play, Suite, choose
+from prefault.errors import BuildFailed, ExitCode, JobTimeout, LabLost
+from prefault.lab import mutants as lab_mutants
+from prefault.lab.job import Job, JobSplat, run_job
+from prefault.lab.machine import MachineOptions
+from prefault.lab.mutants import Mutant
+from prefault.lab.progress import Progress
+from prefault.soak.run import SoakConfig
+
+EPILOG = """\b
+Examples:
+  prefault lab mutants                            all, about a minute each
+  prefault lab mutants current-mmu progress-0     some of them
+  prefault lab mutants --list                     what is wrong with each
+
+\b
+Exit codes: 0 all were caught, but for those that nobody can tell from a right kernel, 1 one was not,
+2 usage, 3 operating error, 77 no lab."""
+
+LIMIT_SECONDS = 20.0
+"""What one scenario may take: a mutant that hangs must not take the afternoon."""
+
+
+class _Options(TypedDict):
+    names: tuple[str, ...]
+    list_only: bool
+    soak_minutes: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant.
+
+    :ivar caught_by: scenarios, the soak, or a splat; empty if nothing noticed
+    :ivar evidence: what they said, the first of it
+    """
+
+    mutant: Mutant
+    caught_by: tuple[str, ...] = ()
+    evidence: str = ""
+
+    @property
+    def surprising(self) -> bool:
+        """Whether it lives and should not, or is dead and was said to be equivalent."""
+        return bool(self.caught_by) == bool(self.mutant.equivalent)
+
+
+@click.command(epilog=EPILOG)
+@click.option("--list", "list_only", is_flag=True, help="Print what is wrong with each, and build nothing.")
+@click.option(
+    "--soak-minutes",
+    type=click.FloatRange(min=0),
+    default=1,
+    show_default=True,
+    help="How long to soak what no scenario has caught; 0 for not at all.",
+)
+@output.json_option
+@click.argument("names", nargs=-1)
+def mutants(**options: Unpack[_Options]) -> None:
+    """Build each mutant of the series, and see whether it is caught.
+
+    A mutant is the series with one mistake that a good engineer could make, from kernel/mutants. All listed
+    scenarios are played on it and on the specification and compared, as `prefault conform` does; if that
+    finds nothing, it is soaked, as `prefault lab soak` does. A mutant that nothing catches shows a gap in
+    the tests, unless its patch argues that nobody could tell.
+    """
+    chosen = lab_mutants.choose(options["names"], lab_mutants.read())
+    if options["list_only"]:
+        _list(chosen)
+        return
+    verdicts = []
+    for mutant in chosen:
+        with drawn() as progress:
+            verdict = judge(mutant, options["soak_minutes"], progress)
+        verdicts.append(verdict)
+        click.echo(f"{mutant.name}: {_caught(verdict)}", err=True)
+    _print(verdicts)
+    surprising = any(one.surprising for one in verdicts)
+    click.get_current_context().exit(ExitCode.DOES_NOT_HOLD if surprising else ExitCode.DONE)
+
+
+def _list(chosen: list[Mutant]) -> None:
+    if output.wants_json():
+        output.emit("lab mutants", {"mutants": chosen})
+        return
+    table = Table("mutant", "what is wrong", box=None)
+    for one in chosen:
+        table.add_row(one.name, one.mistake)
+    output.stdout().print(table)
+
+
+def judge(mutant: Mutant, soak_minutes: float, progress: Progress) -> Verdict:
+    """Build it, and try to catch it."""
+    try:
+        image = lab_mutants.image(mutant, progress=progress)
+    except BuildFailed as error:
+        raise BuildFailed(f"{mutant.name}: {error}") from error
+    found = list(_scenarios(mutant, image, progress))
+    if found:
+        return Verdict(mutant, tuple(one.name for one in found), _said(found[0]))
+    if not soak_minutes:
+        return Verdict(mutant)
+    progress.stage("soak")
+    evidence = _soak(mutant, image, soak_minutes)
+    return Verdict(mutant, ("soak",) if evidence else (), evidence)
+
+
+def _scenarios(mutant: Mutant, image: Path, progress: Progress) -> Iterable[Comparison]:
+    suite = Suite(choose(()))
+    progress.stage("scenarios", len(suite.order()))
+    options = MachineOptions(mode=mutant.mode, append=in_lab.HUGE_PAGES)
+    lab = in_lab.play(suite, options, image, LIMIT_SECONDS, progress.step)
+    spec: dict[str, Play] = on_spec.play(suite, on_spec.host_config(lab.facts))
+    return [one for one in compare_all(spec, lab.plays) if one.verdict in BAD]
+
+
+def _said(one: Comparison) -> str:
+    lines = [*one.splats, *one.kernel.text.strip().splitlines()[-1:]]
+    if one.difference is not None:
+        lines.append(f"differs in {one.difference.what}")
+    return lines[0] if lines else one.verdict.value
+
+
+def _soak(mutant: Mutant, image: Path, minutes: float) -> str:
+    """What a soak found; empty if nothing."""
+    config = SoakConfig(seconds=60 * minutes, round_seconds=10, nested=mutant.mode == "nested")
+    argv = ("python3", "-m", "prefault.soak.run", json.dumps(dataclasses.asdict(config)))
+    machine = MachineOptions(memory_mib=3072, cpus=4, mode=mutant.mode, append=("hugepages=8",))
+    try:
+        result = run_job(Job(argv, timeout=120 + 360 * minutes), machine, kernel=image)
+    except JobSplat as error:
+        return error.lines[0]
+    except (LabLost, JobTimeout) as error:
+        return str(error).splitlines()[0]
+    for line in result.stdout.splitlines():
+        wrong = json.loads(line).get("wrong", ())
+        if wrong:
+            return str(wrong[0]).strip().splitlines()[-1]
+    return "" if result.status == 0 else f"the soak ended with status {result.status}"
+
+
+def _caught(verdict: Verdict) -> str:
+    if not verdict.caught_by:
+        return f"lives: {verdict.mutant.equivalent or 'NOT CAUGHT'}"
+    first, *others = verdict.caught_by
+    more = f" and {len(others)} more" if others else ""
+    return f"caught by {first}{more}"
+
+
+def _print(verdicts: list[Verdict]) -> None:
+    if output.wants_json():
+        output.emit("lab mutants", {"mutants": verdicts})
+        return
+    table = Table("mutant", "caught by", "evidence", box=None)
+    for one in verdicts:
+        table.add_row(
+            one.mutant.name, _caught(one).replace("[", r"\["), one.evidence[:80].replace("[", r"\[")
+        )
+    console = output.stdout()
+    console.print(table)
+    caught = sum(bool(one.caught_by) for one in verdicts)
+    equivalent = sum(bool(one.mutant.equivalent) and not one.caught_by for one in verdicts)
+    console.print(f"{caught} of {len(verdicts)} mutants caught, {equivalent} argued equivalent")
