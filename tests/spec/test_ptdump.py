@@ -7,62 +7,24 @@ import itertools
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from prefault.errors import CapabilityMissing
 from prefault.kvm import stage2
 from prefault.machine import Leaf, VmConfig
 from prefault.spec import HostConfig, open_spec, ptdump
-from prefault.spec.descriptors import Granule, Prot
 from prefault.spec.memory import PhysicalMemory
 from prefault.spec.state import S2Mmu
 from prefault.spec.vm import leaves
-
-GRANULES = (Granule(12), Granule(12, lpa2=True), Granule(14), Granule(16))
-PROTS = (
-    Prot.R,
-    Prot.R | Prot.W,
-    Prot.R | Prot.X,
-    Prot.R | Prot.W | Prot.X,
-    Prot.R | Prot.PX,
-    Prot.R | Prot.UX,
-)
-mappings = st.lists(
-    st.tuples(
-        st.integers(0, 1 << 20),
-        st.sampled_from([2, 3, 3]),
-        st.sampled_from(PROTS),
-        st.booleans(),
-        st.booleans(),
-    ),
-    max_size=20,
-)
+from tests.spec.mmus import GRANULES, mmus
 
 
-def mapped(granule: Granule, bits: int, todo: list[tuple[int, int, int, bool, bool]]) -> S2Mmu:
-    """An MMU with leaves, some of them old, some of them gone again, so that empty tables stay."""
-    mmu = S2Mmu(PhysicalMemory(granule.page_shift), granule, bits, shadow=False)
-    for number, (place, level, prot, old, gone) in enumerate(todo):
-        size = granule.size(level)
-        ipa = place * size & (1 << bits) - 1
-        mmu.pgt.map(ipa, size, (number + 1) << 40, prot, mmu.pgt.memory.allocate_table)
-        if gone:
-            mmu.pgt.unmap(ipa, granule.page_size)
-        elif old:
-            mmu.pgt.test_clear_young(ipa, size, mkold=True)
-    return mmu
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from(GRANULES), st.sampled_from([32, 36, 40, 48]), mappings)
-def test_the_text_read_back_is_the_leaves_and_covers_all(
-    granule: Granule, bits: int, todo: list[tuple[int, int, int, bool, bool]]
-) -> None:
-    mmu = mapped(granule, bits, todo)
+@settings(max_examples=100, deadline=None)
+@given(mmus())
+def test_the_text_read_back_is_the_leaves_and_covers_all(mmu: S2Mmu) -> None:
     text = ptdump.show(mmu)
     assert stage2.parse(text) == leaves(mmu.pgt)
     (dump,) = stage2.read(text.splitlines())
-    assert dump.end == 1 << bits
+    assert dump.end == 1 << mmu.pgt.ia_bits
     assert dump.shadow is None
     # The kernel joins all neighbours that look the same.
     for one, other in itertools.pairwise(dump.runs):

@@ -106,7 +106,7 @@ class _Options(WalkOptions):
     "--svg", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture to this file as well."
 )
 @click.option("--all", "all_parts", is_flag=True, help="List every run of leaves, however many there are.")
-@click.option("--width", type=click.IntRange(40, 400), help="Columns; those of the terminal if not given.")
+@click.option("--width", type=click.IntRange(60, 400), help="Columns; those of the terminal if not given.")
 @click.option(
     "--page-size",
     type=click.Choice(["4K", "16K", "64K"]),
@@ -341,7 +341,7 @@ def _differences(story: Story, limit: int) -> Iterator[RenderableType]:
         for one, other in zip(before.tables, after.tables, strict=False):
             yield Text()
             name = "" if other.name == "table" else f": {map_text.title(other)}"
-            yield Text(f"{before.name} → {after.name}{name} ({map_text.change_line(one, other)})", "bold")
+            yield Text(f"{before.name} to {after.name}{name} ({map_text.change_line(one, other)})", "bold")
             yield map_text.change_table(one, other, limit)
 
 

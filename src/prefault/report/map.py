@@ -7,10 +7,13 @@ the table is, a view has no more parts than were asked for.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 from prefault.errors import UsageError
@@ -115,6 +118,20 @@ class TableMap:
         """What is in the table, exactly."""
         return self.dump.runs
 
+    @functools.cached_property
+    def pieces(self) -> list[tuple[int, int, Look]]:
+        """(first, end, what is there) of every run."""
+        return [(run.ipa, run.ipa + run.size, look_of(run)) for run in self.runs]
+
+    def within(self, first: int, end: int) -> Iterator[tuple[int, int, Look]]:
+        """Those pieces that have something of a range, cut to it."""
+        begin = bisect.bisect_right(self.pieces, first, key=itemgetter(0)) - 1
+        for start, stop, look in itertools.islice(self.pieces, max(begin, 0), None):
+            if start >= end:
+                return
+            if stop > first:
+                yield max(start, first), min(stop, end), look
+
     @property
     def shadow(self) -> Shadow | None:
         """Of a shadow table, what it is the shadow of."""
@@ -139,20 +156,19 @@ class TableMap:
         """Leaves in ``size`` bytes."""
         return size // leaf_size(self.page_size, look.level)
 
-    @property
+    @functools.cached_property
     def looks(self) -> dict[Kind, int]:
         """Mapped bytes by kind."""
         found: Counter[Kind] = Counter()
-        for run in self.runs:
-            look = look_of(run)
+        for start, end, look in self.pieces:
             if look:
-                found[look] += run.size
+                found[look] += end - start
         return dict(found)
 
     @property
     def mapped(self) -> int:
         """Bytes that are mapped."""
-        return sum(run.size for run in self.runs if isinstance(run, Leaf))
+        return sum(self.looks.values())
 
     @property
     def leaves(self) -> dict[int, int]:
@@ -229,6 +245,9 @@ def page_size_of(dumps: Sequence[Dump], name: str, told: int | None = None) -> t
 
 # Coarser views.
 
+_MANY = 64
+"""How many times too many parts call for bigger steps."""
+
 
 def parts(table: TableMap, limit: int) -> list[Part]:
     """The whole table in parts, each within a memslot or outside of all; 0 is no limit to their number.
@@ -237,21 +256,23 @@ def parts(table: TableMap, limit: int) -> list[Part]:
     each memslot and gap.
     """
     pieces = _joined(_by_slot(table))
+    found = _alike(pieces)
     window = table.page_size
-    while limit and len(_alike(pieces)) > limit and window < table.end:
-        window *= 2
+    while limit and len(found) > limit and window < table.end:
+        window *= 16 if len(found) > _MANY * limit else 2
         pieces = _joined(_windows(pieces, window))
-    return _alike(pieces)
+        found = _alike(pieces)
+    return found
 
 
 def _by_slot(table: TableMap) -> Iterator[Part]:
     """The runs, cut where memslots begin and end."""
     edges = sorted({edge for slot in table.slots for edge in (slot.gpa, slot.gpa + slot.size)})
-    for run in table.runs:
-        inside = [edge for edge in edges if run.ipa < edge < run.ipa + run.size]
-        for start, end in itertools.pairwise([run.ipa, *inside, run.ipa + run.size]):
+    for first, last, look in table.pieces:
+        inside = [edge for edge in edges if first < edge < last]
+        for start, end in itertools.pairwise([first, *inside, last]):
             name = next((slot.name for slot in table.slots if slot.gpa <= start < slot.gpa + slot.size), "")
-            yield Part(start, end - start, {look_of(run): end - start}, name)
+            yield Part(start, end - start, {look: end - start}, name)
 
 
 def _joined(pieces: Iterable[Part]) -> list[Part]:
@@ -338,10 +359,8 @@ def cells(table: TableMap, first: int, end: int, size: int) -> list[Part]:
     """The range [first, end) in cells of ``size`` bytes, the last of which may be cut."""
     found: list[Counter[Look]] = [Counter() for _ in range(-(-(end - first) // size))]
     reached = first
-    for run in table.runs:
-        start, stop = max(run.ipa, first), min(run.ipa + run.size, end)
-        reached = max(reached, stop)
-        look = look_of(run)
+    for start, stop, look in table.within(first, end):
+        reached = stop
         while start < stop:
             index = (start - first) // size
             upto = min(stop, first + (index + 1) * size)

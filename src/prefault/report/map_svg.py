@@ -25,9 +25,11 @@ REGIONS = 8
 _CELL = 3
 _BAR = CELLS * _CELL
 _BAR_HEIGHT, _PITCH = 18, 26
-_LABEL, _MARGIN, _LINE = 140, 24, 20
-_PANEL = _LABEL + _BAR + _MARGIN
+_LABEL, _NAMES, _MARGIN, _LINE = 140, 90, 24, 20
+_PANEL = _LABEL + _BAR + _NAMES + _MARGIN
+_EMPTY_PANEL = 480
 _GAP_HEIGHT = 18
+_LEAST = 2.5
 
 _ACCESS = {"RWX": "rwx", "RW-": "rw", "R-X": "rx", "R--": "r"}
 """Access → class; what is not here is ``other``. Colours: Okabe and Ito, Color Universal Design (2008)."""
@@ -82,6 +84,7 @@ def svg(title: str, scenes: Sequence[Sequence[Panel]]) -> str:
     bars = [
         _bars([scene[column].table for scene in scenes if column < len(scene)]) for column in range(columns)
     ]
+    widths = [_PANEL if one else _EMPTY_PANEL for one in bars]
     root = Element("svg", xmlns="http://www.w3.org/2000/svg")
     SubElement(root, "title").text = title or "Stage-2 tables"
     SubElement(root, "style").text = _STYLE
@@ -91,14 +94,15 @@ def svg(title: str, scenes: Sequence[Sequence[Panel]]) -> str:
     if title:
         y += _LINE
         _text(root, _MARGIN, y, title, "title")
+        y += _LINE // 2
     for scene in scenes:
         y += _LINE
         y = max(
-            _panel(root, _MARGIN + column * _PANEL, y, panel, bars[column])
+            _panel(root, _MARGIN + sum(widths[:column]), y, panel, bars[column])
             for column, panel in enumerate(scene)
         )
     y = _legend(root, y + _LINE, [panel.table for scene in scenes for panel in scene])
-    width, height = _MARGIN + columns * _PANEL, y + _MARGIN
+    width, height = _MARGIN + sum(widths), y + _MARGIN
     root.set("viewBox", f"0 0 {width} {height}")
     root.set("width", str(width))
     root.set("height", str(height))
@@ -124,6 +128,8 @@ def _panel(root: Element, x: int, y: int, panel: Panel, bars: Sequence[_Bar]) ->
     table = panel.table
     _text(root, x, y, panel.heading, "head")
     words = summary(table).split("; ")
+    if bars:
+        words.append(f"{round_size(bars[0].cell)} per cell, {round_size(bars[0].cell * CELLS)} per bar")
     for half in (words[:3], words[3:]):
         y += _LINE
         _text(root, x, y, "; ".join(half), "dim")
@@ -144,6 +150,7 @@ def _draw(root: Element, x: int, y: int, table: TableMap, bar: _Bar) -> None:
     """One bar with its address and its memslots."""
     _text(root, x, y + 13, f"{bar.first:#014x}", "ipa")
     left = x + _LABEL
+    _text(root, left + _BAR + 10, y + 13, ", ".join(slots_in(table, bar.first, bar.end)), "dim")
     width = _cells_wide(bar.end - bar.first, bar.cell)
     _rect(root, left, y, width, _BAR_HEIGHT, "none", f"{format_range(bar.first, bar.end)}: in no memslot")
     for slot in table.slots:
@@ -189,7 +196,7 @@ def _stack(root: Element, x: int, y: int, width: int, table: TableMap, part: Par
     for look, amount in sorted(part.looks.items(), key=lambda item: str(item[0])):
         if look is None:
             continue
-        height = max(_BAR_HEIGHT * amount / part.size, 1.5)
+        height = max(_BAR_HEIGHT * amount / part.size, _LEAST)
         bottom -= height
         _rect(group, x, bottom, width, height, _class_of(look))
         if not look.block:
@@ -210,16 +217,13 @@ def _told(table: TableMap, part: Part) -> str:
 
 def _block_edges(root: Element, left: int, y: int, table: TableMap, bar: _Bar) -> None:
     """Lines between blocks, where they are far enough from each other."""
-    for run in table.dump.leaves:
-        step = leaf_size(table.page_size, run.level)
-        if not run.block or step // bar.cell < 2:
+    for start, end, look in table.within(bar.first, bar.end):
+        step = leaf_size(table.page_size, look.level) if look else 0
+        if not look or not look.block or step // bar.cell < 2:
             continue
-        first = max(run.ipa + step, bar.first // step * step + step)
-        for ipa in range(first, min(run.ipa + run.size, bar.end), step):
-            x = left + (ipa - bar.first) // bar.cell * _CELL
-            SubElement(
-                root, "line", {"class": "edge"}, x1=str(x), x2=str(x), y1=str(y), y2=str(y + _BAR_HEIGHT)
-            )
+        for ipa in range(-(-start // step) * step, end, step):
+            x = str(left + (ipa - bar.first) // bar.cell * _CELL)
+            SubElement(root, "line", {"class": "edge"}, x1=x, x2=x, y1=str(y), y2=str(y + _BAR_HEIGHT))
 
 
 def _class_of(look: Kind) -> str:

@@ -43,7 +43,7 @@ def summary(table: TableMap) -> str:
     found.append(plural(sum(table.tables.values()), "table"))
     if table.mapped:
         leaves = ", ".join(_leaves(level, number) for level, number in table.leaves.items())
-        found.append(f"{format_size(table.mapped)} mapped by {leaves}")
+        found.append(f"{exact_size(table.mapped)} mapped by {leaves}")
     else:
         found.append("nothing mapped")
     return "; ".join(found)
@@ -142,12 +142,12 @@ def legend(*, ascii_only: bool = False) -> Text:
 def part_table(table: TableMap, limit: int) -> Table:
     """The whole table part by part."""
     found = Table(box=None, pad_edge=False)
-    found.add_column("IPA", no_wrap=True)
+    found.add_column("IPA", min_width=len(format_range(0, 0)), overflow="fold")
     for heading in ("size", "leaves"):
-        found.add_column(heading, justify="right", no_wrap=True)
-    found.add_column("access", no_wrap=True)
+        found.add_column(heading, justify="right", overflow="fold")
+    found.add_column("access", overflow="fold")
     if table.slots:
-        found.add_column("memslot")
+        found.add_column("memslot", overflow="fold")
     for part in parts(table, limit):
         hole = set(part.looks) == {None}
         looks = sorted(part.looks.items(), key=_order)
@@ -168,6 +168,13 @@ def _look_columns(table: TableMap, look: Look, size: int) -> tuple[str, str]:
     if look is None:
         return "hole", ""
     return _leaves(look.level, table.number(look, size)), f"{look.access} {'AF' if look.accessed else '--'}"
+
+
+def exact_size(size: int) -> str:
+    """All of it, in units that people can add: ``128 MiB + 4 KiB``."""
+    terms = [size >> shift << shift & (1 << shift + 10) - 1 for shift in (30, 20, 10, 0)]
+    terms[0] = size >> 30 << 30
+    return " + ".join(format_size(term) for term in terms if term) or format_size(0)
 
 
 def round_size(size: int) -> str:
@@ -196,7 +203,7 @@ def change_line(before: TableMap, after: TableMap) -> str:
     totals = {"mapped": 0, "unmapped": 0, "changed": 0}
     for change in changes(before, after):
         totals[_change(change)] += change.size
-    said = [f"{format_size(size)} {what}" for what, size in totals.items() if size]
+    said = [f"{exact_size(size)} {what}" for what, size in totals.items() if size]
     return ", ".join(said) or "nothing changed"
 
 
@@ -208,7 +215,7 @@ def change_table(before: TableMap, after: TableMap, limit: int) -> Table:
     """Where two tables differ; of more than ``limit`` places, the first."""
     found = Table(box=None, pad_edge=False)
     for heading in ("", "IPA", "size", "was", "is"):
-        found.add_column(heading, justify="right" if heading == "size" else "left")
+        found.add_column(heading, justify="right" if heading == "size" else "left", overflow="fold")
     signs: Mapping[str, tuple[str, str]] = {
         "mapped": ("+", "green"),
         "unmapped": ("-", "red"),
@@ -224,7 +231,7 @@ def change_table(before: TableMap, after: TableMap, limit: int) -> Table:
         )
         found.rows[-1].style = style
     if len(shown) < len(listed):
-        found.add_row("", f"… and {len(listed) - len(shown):,} more places")
+        found.add_row("", f"and {len(listed) - len(shown):,} more places")
     return found
 
 
