@@ -18,6 +18,7 @@ from prefault.spec.descriptors import AF, S2AP_R, S2AP_W, VALID, Prot
 from prefault.spec.memory import PhysicalMemory
 from prefault.spec.nested import FSC_ACCESS, FSC_FAULT, FSC_PERM
 from prefault.spec.state import S2Mmu
+from prefault.spec.steps import step
 from prefault.spec.tlb import Tlb
 
 MASK = (1 << 64) - 1
@@ -69,6 +70,7 @@ class Cpu:
     :ivar less: carry clear after CMP, that is unsigned lower
     :ivar el: 1 or 2, as the guest sees it
     :ivar system: system registers by name
+    :ivar generation: of the TLB when the page of instructions was fetched
     :ivar hafdbs: the processor sets access flags by itself
     """
 
@@ -80,6 +82,7 @@ class Cpu:
     el: int = 1
     equal: bool = False
     less: bool = False
+    generation: int = 0
     system: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,9 +97,9 @@ class Cpu:
         while True:
             tlb, pc = self.mmu.pgt.tlb, self.pc
             words = self._fetch(pc)
-            generation, first = tlb.generation, pc & ~mask
+            self.generation, first = tlb.generation, pc & ~mask
             last = first + mask
-            while first <= pc <= last and tlb.generation == generation:
+            while first <= pc <= last and tlb.generation == self.generation:
                 word = words[(pc & mask) >> 2]
                 operation = decoded(word)
                 if operation is None:
@@ -116,6 +119,7 @@ class Cpu:
 
         :raises Abort: with ``esr`` and the status code
         """
+        step("guest.access")
         found = self.mmu.pgt.tlb.pages.get(ipa >> self._shift)
         if found is not None and found & need:
             return found & ~self._mask | ipa & self._mask

@@ -36,11 +36,9 @@ def hva_to_pfn(mm: Mm, hva: int, *, write: bool, read_only: bool, interruptible:
     if not read_only:
         fast = mm.get_user_page_fast_only(hva)
         if fast is not None:
-            step("page.pinned")
             return fast, True, True
     pfn = mm.get_user_page(hva, write=write, interruptible=interruptible)
     if pfn >= 0:
-        step("page.pinned")
         return _map_read_writable(mm, hva, pfn, write=write, read_only=read_only)
     if pfn in (-errno.EINTR, -EHWPOISON):
         return pfn
@@ -75,10 +73,10 @@ def kvm_release_faultin_page(mm: Mm, pfn: int, *, pinned: bool) -> None:
 def kvm_gmem_get_pfn(kvm: KvmState, slot: Slot, ipa: int) -> int:
     """The frame of a guest_memfd page, pinned, or a negative errno. Mirrors: kvm_gmem_get_pfn()"""
     assert slot.gmem
+    step("gmem.get_folio")
     pfn = kvm.host.mm.page_cache(slot.gmem, (ipa - slot.base) // kvm.page_size)
     if pfn is None:
         return -errno.EIO
     if pfn in kvm.host.memory.poisoned:
         return -EHWPOISON
-    step("page.pinned")
     return kvm.host.mm.pin(pfn)

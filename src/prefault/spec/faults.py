@@ -20,7 +20,7 @@ from prefault.spec.memslots import mark_page_dirty_in_slot
 from prefault.spec.mm import Vma
 from prefault.spec.nested import S2Translation
 from prefault.spec.state import KvmState, S2Mmu, Slot
-from prefault.spec.steps import step
+from prefault.spec.steps import Sample, step
 
 MemoryFaultInfo = tuple[int, int]
 """(gpa, size) for KVM_EXIT_MEMORY_FAULT."""
@@ -54,7 +54,7 @@ class FaultDesc:
 class VmaInfo:
     """Mirrors: struct kvm_s2_fault_vma_info"""
 
-    mmu_seq: int
+    mmu_seq: Sample
     size: int
     max_map_size: int
     ipa: int
@@ -90,8 +90,8 @@ def gmem_abort(s2fd: FaultDesc) -> int:
     """Mirrors: gmem_abort()"""
     kvm, nested = s2fd.kvm, s2fd.nested
     ipa = nested.output & -kvm.page_size if nested else s2fd.fault_ipa
-    seq = kvm.mmu_invalidate_seq
-    step("seq.sampled")
+    step("seq.sample")
+    seq = kvm.mmu_invalidate_seq.sample()
     pfn = faultin.kvm_gmem_get_pfn(kvm, s2fd.slot, ipa)
     if pfn < 0:
         return _gmem_error(s2fd, pfn)
@@ -173,8 +173,8 @@ def kvm_s2_fault_get_vma_info(s2fd: FaultDesc) -> VmaInfo | int:
     if vma is None:
         return -errno.EFAULT
     size, max_map_size = kvm_s2_resolve_vma_size(s2fd, vma)
-    seq = kvm.mmu_invalidate_seq
-    step("seq.sampled")
+    # The mmap_lock is held: no VMA changes between the lookup and the sample.
+    seq = kvm.mmu_invalidate_seq.sample()
     return VmaInfo(seq, size, max_map_size, s2fd.fault_ipa & -size)
 
 
@@ -274,6 +274,7 @@ def transparent_hugepage_adjust(s2fd: FaultDesc) -> int:
     pmd = kvm.granule.size(2)
     if not fault_supports_stage2_huge_mapping(s2fd, pmd):
         return kvm.page_size
+    step("host.walk")
     size = kvm.host.mm.mapping_size(s2fd.hva)
     if not size:
         return -errno.EAGAIN

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from array import array
 
-from prefault.spec.steps import Violation
+from prefault.spec.steps import Violation, actor
 
 RAM_BASE = 0x4000_0000
 """Physical address of the first frame."""
+_ARENA_ORDER = 20
 
 
 class Table:
@@ -43,14 +44,18 @@ class PhysicalMemory:
         self.tables: dict[int, Table] = {}
         self.freed: set[int] = set()
         self.poisoned: set[int] = set()
-        self._next = RAM_BASE >> page_shift
+        self._next = {0: RAM_BASE >> page_shift}
         self.zero_pfn = self.allocate()
 
     def allocate(self, order: int = 0) -> int:
-        """The first of 2**order frames, aligned to their number."""
-        count = 1 << order
-        pfn = -(-self._next // count) * count
-        self._next = pfn + count
+        """The first of 2**order frames, aligned to their number.
+
+        Each actor has a part of the memory for itself: who came first does not show in the numbers.
+        """
+        count, who = 1 << order, actor()
+        first = self._next.get(who) or self._next[0] + (who << _ARENA_ORDER)
+        pfn = -(-first // count) * count
+        self._next[who] = pfn + count
         return pfn
 
     def free(self, pfn: int, count: int = 1) -> None:

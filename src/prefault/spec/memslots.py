@@ -30,6 +30,14 @@ class Change(enum.Enum):
 
 
 def kvm_set_memory_region(kvm: KvmState, new: Slot) -> int:
+    """Mirrors: kvm_vm_ioctl_set_memory_region()"""
+    kvm.slots_lock.write_lock()
+    ret = _set_memory_region(kvm, new)
+    kvm.slots_lock.write_unlock()
+    return ret
+
+
+def _set_memory_region(kvm: KvmState, new: Slot) -> int:
     """Mirrors: kvm_set_memory_region()"""
     if check_memory_region_flags(new.flags):
         return -errno.EINVAL
@@ -107,10 +115,10 @@ def kvm_replace_memslot(kvm: KvmState, old: Slot | None, new: Slot | None) -> No
 
     Mirrors: kvm_replace_memslot(), kvm_swap_active_memslots()
     """
+    step("slots.publish")
     wait("slots.no_invalidation", lambda: not kvm.mn_active_invalidate_count)
     slots = [slot for slot in kvm.slots if slot is not old]
     kvm.slots = tuple([*slots, new] if new else slots)
-    step("slots.published")
     if not kvm.host.faults.no_srcu:
         kvm.srcu.synchronize()
 
@@ -147,6 +155,7 @@ def kvm_arch_commit_memory_region(kvm: KvmState, new: Slot | None) -> None:
     unmap.kvm_stage2_wp_range(kvm, kvm.mmu, new.base, new.size)
     unmap.kvm_nested_s2_wp(kvm)
     kvm.mmu_lock.write_unlock()
+    step("tlb.flush")
     kvm.mmu.pgt.tlb.flush_range(new.base, new.size)
 
 
@@ -161,7 +170,17 @@ def kvm_arch_flush_shadow_memslot(kvm: KvmState, slot: Slot) -> None:
 def mark_page_dirty_in_slot(slot: Slot, page: int) -> None:
     """Mirrors: mark_page_dirty_in_slot(); ``page`` counts from the slot's start"""
     if slot.flags & KVM_MEM_LOG_DIRTY_PAGES and slot.dirty is not None:
+        step("dirty.mark")
         slot.dirty.pages.add(page)
+
+
+def kvm_vm_ioctl_get_dirty_log(kvm: KvmState, number: int) -> list[int]:
+    """Mirrors: kvm_vm_ioctl_get_dirty_log()"""
+    kvm.slots_lock.write_lock()
+    slot = next((one for one in kvm.slots if one.id == number), None)
+    taken = kvm_get_dirty_log_protect(kvm, slot) if slot else []
+    kvm.slots_lock.write_unlock()
+    return taken
 
 
 def kvm_get_dirty_log_protect(kvm: KvmState, slot: Slot) -> list[int]:
@@ -177,6 +196,7 @@ def kvm_get_dirty_log_protect(kvm: KvmState, slot: Slot) -> list[int]:
         unmap.kvm_nested_s2_wp(kvm)
     kvm.mmu_lock.write_unlock()
     if taken:
+        step("tlb.flush")
         kvm.mmu.pgt.tlb.flush_range(slot.base, slot.size)
     return taken
 

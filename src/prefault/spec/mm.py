@@ -19,7 +19,7 @@ from typing import Protocol
 
 from prefault.errors import EHWPOISON
 from prefault.spec.memory import PhysicalMemory
-from prefault.spec.steps import step
+from prefault.spec.steps import mark, step
 
 WRITABLE = 1
 PFN_SHIFT = 1
@@ -237,10 +237,10 @@ class Mm:
         else:
             entry, shift = found
             ret = self._write_protected(vma, hva, entry, shift) if write and not entry & WRITABLE else 0
+        if ret or not self.memory.poisoned:
+            return ret
         found = self.lookup(hva)
-        if not ret and found and self.pfn_of(hva, *found) in self.memory.poisoned:
-            return -EHWPOISON
-        return ret
+        return -EHWPOISON if found and self.pfn_of(hva, *found) in self.memory.poisoned else 0
 
     def _fault_missing(self, vma: Vma, hva: int, write: bool) -> int:
         if vma.file:
@@ -330,6 +330,8 @@ class Mm:
             shift, pfn = self.page_shift, self.pfn_of(hva, entry, shift)
         start = hva >> shift << shift
         with self._invalidation(start, start + (1 << shift)):
+            if self.ptes[shift].get(hva >> shift) != pfn << PFN_SHIFT:
+                return 0  # pte_same(): somebody else was here first.
             new = self.memory.allocate(shift - self.page_shift)
             self.memory.copy(pfn, new, 1 << shift - self.page_shift)
             self._put(hva, pfn, shift)
@@ -352,7 +354,9 @@ class Mm:
         if vma is not None and vma.file is not None:
             return
         with self._invalidation(number << shift, number + 1 << shift):
-            entry = self.ptes[shift].pop(number)
+            entry = self.ptes[shift].pop(number, None)
+            if entry is None:
+                return
             pfn, writable = entry >> PFN_SHIFT, entry & WRITABLE
             first = number << shift - self.page_shift
             count = 1 << shift - self.page_shift
@@ -367,6 +371,7 @@ class Mm:
 
     def get_user_page_fast_only(self, hva: int) -> int | None:
         """The frame of a writable address, without faulting it in. Mirrors: get_user_page_fast_only()"""
+        step("gup.fast")
         found = self.lookup(hva)
         if found is None or not found[0] & WRITABLE:
             return None
@@ -397,11 +402,12 @@ class Mm:
     def pin(self, pfn: int) -> int:
         """Take a reference to a frame."""
         self.pins[pfn] = self.pins.get(pfn, 0) + 1
+        mark("page.pinned")
         return pfn
 
     def unpin(self, pfn: int) -> None:
         """Drop it."""
-        step("page.release")
+        mark("page.release")
         if self.pins[pfn] == 1:
             del self.pins[pfn]
         else:

@@ -55,10 +55,7 @@ def kvm_arch_vcpu_pre_fault_memory(kvm: KvmState, gpa: int, size: int) -> int:
     Mirrors: kvm_arch_vcpu_pre_fault_memory()
     """
     resched = Resched(f"pre-faulting ipa {gpa:#x}")
-    while True:
-        mapped = kvm_pre_fault_ipa(kvm, gpa)
-        if mapped:
-            break
+    while not (mapped := kvm_pre_fault_ipa(kvm, gpa)):
         if kvm.host.signal_pending:
             return -errno.EINTR
         resched.cond_resched()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from prefault.spec.mm import PFN_SHIFT, WRITABLE, Mm, Vma
+from prefault.spec.steps import step
 
 
 class Process(Mm):
@@ -265,6 +266,7 @@ class Process(Mm):
     def _accesses(self, hva: int, size: int, *, write: bool) -> Iterator[tuple[int, int]]:
         end = hva + size
         while hva < end:
+            step("mm.access")
             found = self.lookup(hva)
             if found is None or (write and not found[0] & WRITABLE):
                 ret = self.fault(hva, write=write)

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from prefault.guest.program import EnterL2, L2Mapping, Program, Read, Step, Write
 from prefault.machine import Backing, MemoryRegion, Resident, SlotFlags, VcpuConfig
+from prefault.spec.cpu import Cpu
 from prefault.spec.descriptors import S2AP_W, VALID
 from prefault.spec.mm import WRITABLE
 from prefault.spec.nested import handle_vmalls12e1
@@ -26,6 +27,9 @@ from prefault.spec.vcpu import SpecVcpu
 
 CODE, DATA, PAGE = 0x4000_0000, 0x4010_0000, 0x1000
 _CODE_SIZE = 0x4_0000
+
+_MEMSLOTS = frozenset({"slots.lookup", "srcu.read_lock", "notifier.start", "slots_lock.write_lock"})
+"""Steps that matter only where memslots change."""
 
 Make = Callable[[Faults], "Race"]
 
@@ -48,6 +52,7 @@ class Race:
         self.vcpus[0].pre_fault_memory_once(CODE, PAGE)
         self.errors: list[int] = []
         self.actors: dict[str, Callable[[], object]] = {}
+        self.quiet = _MEMSLOTS
 
     # What actors do.
 
@@ -103,16 +108,20 @@ class Race:
         lock = kvm.mmu_lock
         return (
             tuple(frozenset(entries.items()) for entries in mm.ptes.values()),
-            tuple(_table(mmu) for mmu in self._mmus()),
-            tuple((slot.id, slot.flags, self._logged(slot.dirty)) for slot in kvm.slots),
-            (lock.readers, lock.writer, len(kvm.srcu.active), kvm.mmu_invalidate_seq),
-            (
-                kvm.mmu_invalidate_in_progress,
-                kvm.mn_active_invalidate_count,
-                len(mm.vmas),
-                tuple(self.errors),
+            frozenset(self.host.memory.freed),
+            frozenset(mm.mapcount.items()),
+            frozenset([(table.pa, table.entries.tobytes()) for table in self.host.memory.tables.values()]),
+            tuple(
+                [
+                    (frozenset(one.pgt.tlb.pages.items()), one.refcnt, one.pending_unmap)
+                    for one in self._mmus()
+                ]
             ),
-            tuple((vcpu.cpu.pc, vcpu.cpu.el, tuple(vcpu.cpu.x)) for vcpu in self.vcpus),
+            tuple([(slot.id, slot.flags, self._logged(slot.dirty)) for slot in kvm.slots]),
+            (lock.readers, lock.writer, *kvm.srcu.readers, kvm.srcu.index),
+            (kvm.mmu_invalidate_in_progress, kvm.mn_active_invalidate_count),
+            (len(mm.vmas), *self.errors),
+            tuple([_registers(vcpu.cpu) for vcpu in self.vcpus]),
             frozenset(mm.pins.items()),
         )
 
@@ -180,14 +189,14 @@ class Race:
             raise Violation(f"pre-faulting ended with {self.errors}")
 
 
-def _table(mmu: S2Mmu) -> Hashable:
-    tlb = frozenset(mmu.pgt.tlb.pages.items())
-    return tuple(mmu.pgt.leaves()), tlb, mmu.refcnt, mmu.pending_unmap, len(mmu.pgt.memory.tables)
+def _registers(cpu: Cpu) -> Hashable:
+    return cpu.pc, cpu.el, cpu.generation == cpu.mmu.pgt.tlb.generation, *cpu.x
 
 
 def _pair(other: str, resident: Resident = Resident.WRITE) -> Make:
     def make(faults: Faults) -> Race:
         race = Race(faults, resident=resident)
+        race.quiet = frozenset() if other in ("delete", "start_log") else _MEMSLOTS
         race.actors = {"pre-fault": race.pre_fault, other.replace("_", "-"): getattr(race, other)}
         return race
 
@@ -199,6 +208,7 @@ def _guest(step: Step, other: str = "", resident: Resident = Resident.NOTHING) -
         race = Race(faults, resident=resident)
         race.actors = {"pre-fault": race.pre_fault, "guest": race.guest(race.vcpus[1], step)}
         if other:
+            race.quiet = frozenset() if other in ("delete", "start_log") else _MEMSLOTS
             race.actors[other] = getattr(race, other)
         return race
 

@@ -14,7 +14,7 @@ from prefault.spec.memory import PhysicalMemory, Table
 from prefault.spec.mm import File
 from prefault.spec.pgtable import PageTable
 from prefault.spec.process import Process
-from prefault.spec.steps import RwLock, Srcu
+from prefault.spec.steps import RwLock, Sample, Sequence, Srcu, step
 
 INVALID = 1 << 16
 """KVM_MEMSLOT_INVALID: the slot is being deleted or moved."""
@@ -140,8 +140,9 @@ class KvmState:
     protected: bool = False
     slots: tuple[Slot, ...] = ()
     mmu_lock: RwLock = field(default_factory=lambda: RwLock("mmu_lock"))
+    slots_lock: RwLock = field(default_factory=lambda: RwLock("slots_lock"))
     srcu: Srcu = field(default_factory=lambda: Srcu("srcu"))
-    mmu_invalidate_seq: int = 0
+    mmu_invalidate_seq: Sequence = field(default_factory=Sequence)
     mmu_invalidate_in_progress: int = 0
     mn_active_invalidate_count: int = 0
     nested_mmus: list[S2Mmu] = field(default_factory=list)
@@ -156,6 +157,7 @@ class KvmState:
 
     def slot_at(self, ipa: int) -> Slot | None:
         """Mirrors: gfn_to_memslot()"""
+        step("slots.lookup")
         for slot in self.slots:
             if slot.base <= ipa < slot.base + slot.size:
                 return slot
@@ -165,8 +167,8 @@ class KvmState:
         """Mirrors: stage2_memcache_zalloc_page()"""
         return self.host.memory.allocate_table()
 
-    def invalidate_retry(self, seq: int) -> bool:
-        """Whether what was found at ``seq`` may be stale. Mirrors: mmu_invalidate_retry()"""
+    def invalidate_retry(self, seq: Sample) -> bool:
+        """Whether what was found after ``seq`` may be stale. Mirrors: mmu_invalidate_retry()"""
         if self.host.faults.no_sequence_check:
             return False
-        return self.mmu_invalidate_in_progress > 0 or self.mmu_invalidate_seq != seq
+        return self.mmu_invalidate_in_progress > 0 or seq.stale

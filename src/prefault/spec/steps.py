@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The points where two things can interleave, and the locks that say where they may not.
 
-The spec calls ``step`` where the kernel takes or drops a lock, samples or checks the sequence
-count, writes a descriptor, pins or releases a page. Running alone that does nothing. A scheduler
-that is installed gets control at each step and can let another actor go first; it also decides
-what happens where an actor has to wait. Threads of Python take turns: each holds LOCK while it is
-in the spec, and lets go of it only where it has to wait.
+The spec calls ``step`` before the kernel takes a lock, samples the sequence count, writes a descriptor,
+or touches in any other way what others may touch at the same time; and ``mark`` where it gives
+something back or has done something that nobody else can notice. Running alone both do nothing.
+A scheduler that is installed gets control at each of them and can let another actor go first; it
+also decides what happens where an actor has to wait. Without one, threads of Python take turns: each
+holds LOCK while it is in the spec, and lets go of it only where it has to wait.
+
+The rule that the explorer relies on (docs/decisions/0014): between two steps an actor touches shared
+things at one place only, right after the step, under locks that it holds, or by giving back.
 """
 
 from __future__ import annotations
@@ -26,7 +30,14 @@ class Scheduler(Protocol):
     """Decides who goes on at a step."""
 
     def step(self, name: str) -> None:
-        """The running actor is at the step ``name``; returns when it may go on."""
+        """The running actor is about to do ``name``; returns when it may go on."""
+
+    def mark(self, name: str) -> None:
+        """The same, but it makes no difference to anybody whether others go first."""
+
+    @property
+    def actor(self) -> int:
+        """The number of the running actor."""
 
     def wait(self, name: str, ready: Callable[[], bool]) -> None:
         """The running actor waits until ``ready()``."""
@@ -53,10 +64,21 @@ def exploring() -> bool:
     return _scheduler is not None
 
 
+def actor() -> int:
+    """Who runs; alone, that is 0."""
+    return 0 if _scheduler is None else _scheduler.actor
+
+
 def step(name: str) -> None:
     """Others may go first here."""
     if _scheduler is not None:
         _scheduler.step(name)
+
+
+def mark(name: str) -> None:
+    """It makes no difference whether others go first: something is given back, or only the actor's own."""
+    if _scheduler is not None:
+        _scheduler.mark(name)
 
 
 def wait(name: str, ready: Callable[[], bool]) -> None:
@@ -95,6 +117,32 @@ class Resched:
             raise Violation(f"no progress: {self._what} is tried again and again, and nobody else runs")
 
 
+class Sequence:
+    """A count that is sampled, and asked later whether it has moved on."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def sample(self) -> Sample:
+        """What it is now."""
+        return Sample(self, self.value)
+
+
+class Sample:
+    """What a sequence was. Only whether it still is that can make a difference to anybody."""
+
+    __slots__ = ("_sequence", "_value")
+
+    def __init__(self, sequence: Sequence, value: int) -> None:
+        self._sequence = sequence
+        self._value = value
+
+    @property
+    def stale(self) -> bool:
+        """Whether the sequence has moved on."""
+        return self._sequence.value != self._value
+
+
 class RwLock:
     """A lock for one writer or many readers, such as kvm->mmu_lock.
 
@@ -102,68 +150,73 @@ class RwLock:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
         self.readers = 0
         self.writer = False
         self.broken = False
+        self._read_lock, self._read_unlock = f"{name}.read_lock", f"{name}.read_unlock"
+        self._write_lock, self._write_unlock = f"{name}.write_lock", f"{name}.write_unlock"
 
     def read_lock(self) -> None:
         """read_lock()."""
         if _scheduler is not None:
-            _scheduler.step(f"{self.name}.read_lock")
+            _scheduler.step(self._read_lock)
         if self.writer and not self.broken:
-            wait(f"{self.name}.read_lock", lambda: not self.writer)
+            wait(self._read_lock, lambda: not self.writer)
         self.readers += 1
 
     def read_unlock(self) -> None:
         """read_unlock()."""
-        self.readers -= 1
         if _scheduler is not None:
-            _scheduler.step(f"{self.name}.read_unlock")
+            self._before_unlock(self._read_unlock)
+        self.readers -= 1
 
     def write_lock(self) -> None:
-        """write_lock()."""
-        step(f"{self.name}.write_lock")
+        """write_lock(), mutex_lock()."""
+        step(self._write_lock)
         if (self.writer or self.readers) and not self.broken:
-            wait(f"{self.name}.write_lock", lambda: not self.writer and not self.readers)
+            wait(self._write_lock, lambda: not self.writer and not self.readers)
         self.writer = True
 
     def write_unlock(self) -> None:
-        """write_unlock()."""
+        """write_unlock(), mutex_unlock()."""
+        self._before_unlock(self._write_unlock)
         self.writer = False
-        step(f"{self.name}.write_unlock")
+
+    def _before_unlock(self, name: str) -> None:
+        """What a lock that works protects is not to be seen before it is given back."""
+        (step if self.broken else mark)(name)
 
 
 class Srcu:
-    """Sleepable RCU: who synchronizes waits for the readers that were there before."""
+    """Sleepable RCU: who synchronizes waits for the readers that were there before.
+
+    As in the kernel, readers are counted in one of two places, and whoever synchronizes sends new
+    ones to the other. Only one may synchronize at a time: kvm->slots_lock sees to that.
+    """
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self._next = 0
-        self._active: set[int] = set()
-
-    @property
-    def active(self) -> frozenset[int]:
-        """The readers that there are."""
-        return frozenset(self._active)
+        self.readers = [0, 0]
+        self.index = 0
+        self._read_lock, self._read_unlock = f"{name}.read_lock", f"{name}.read_unlock"
+        self._synchronize = f"{name}.synchronize"
 
     def read_lock(self) -> int:
         """srcu_read_lock(); the result is for read_unlock."""
         if _scheduler is not None:
-            _scheduler.step(f"{self.name}.read_lock")
-        self._next += 1
-        self._active.add(self._next)
-        return self._next
+            _scheduler.step(self._read_lock)
+        index = self.index
+        self.readers[index] += 1
+        return index
 
-    def read_unlock(self, token: int) -> None:
+    def read_unlock(self, index: int) -> None:
         """srcu_read_unlock()."""
-        self._active.discard(token)
         if _scheduler is not None:
-            _scheduler.step(f"{self.name}.read_unlock")
+            mark(self._read_unlock)
+        self.readers[index] -= 1
 
     def synchronize(self) -> None:
         """synchronize_srcu()."""
-        step(f"{self.name}.synchronize")
-        before = set(self._active)
-        if before:
-            wait(f"{self.name}.synchronize", lambda: not before & self._active)
+        step(self._synchronize)
+        before, self.index = self.index, self.index ^ 1
+        if self.readers[before]:
+            wait(self._synchronize, lambda: not self.readers[before])

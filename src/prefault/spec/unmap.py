@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from prefault.spec.descriptors import LAST_LEVEL
 from prefault.spec.state import KvmState, S2Mmu
-from prefault.spec.steps import Violation, step
+from prefault.spec.steps import Violation, mark, step
 
 
 def kvm_stage2_unmap_range(kvm: KvmState, mmu: S2Mmu, ipa: int, size: int) -> None:
@@ -64,6 +64,7 @@ class KvmNotifier:
     def invalidate_start(self, start: int, end: int) -> None:
         """Mirrors: kvm_mmu_notifier_invalidate_range_start(), kvm_unmap_gfn_range()"""
         kvm = self._kvm
+        step("notifier.start")
         kvm.mn_active_invalidate_count += 1
         ranges = list(self._ranges(start, end))
         if ranges:
@@ -77,10 +78,10 @@ class KvmNotifier:
         kvm = self._kvm
         if any(True for _ in self._ranges(start, end)):
             kvm.mmu_lock.write_lock()
-            kvm.mmu_invalidate_seq += 1
+            kvm.mmu_invalidate_seq.value += 1
             kvm.mmu_invalidate_in_progress -= 1
             kvm.mmu_lock.write_unlock()
-        step("notifier.end")
+        mark("notifier.end")
         kvm.mn_active_invalidate_count -= 1
 
     def clear_young(self, start: int, end: int) -> bool:
@@ -119,6 +120,6 @@ def kvm_gmem_punch_hole(kvm: KvmState, first: int, count: int, file: object) -> 
             if pfn is not None:
                 kvm.host.memory.free(pfn)
     kvm.mmu_lock.write_lock()
-    kvm.mmu_invalidate_seq += 1
+    kvm.mmu_invalidate_seq.value += 1
     kvm.mmu_invalidate_in_progress -= 1
     kvm.mmu_lock.write_unlock()

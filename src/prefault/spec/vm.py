@@ -123,8 +123,7 @@ class SpecVm:
         with LOCK:
             if slot not in self._regions or not self._regions[slot].region.flags & SlotFlags.LOG_DIRTY_PAGES:
                 raise UsageError(f"slot {slot} has no dirty log; set it with SlotFlags.LOG_DIRTY_PAGES")
-            found = next(one for one in self.kvm.slots if one.id == slot)
-            return memslots.kvm_get_dirty_log_protect(self.kvm, found)
+            return memslots.kvm_vm_ioctl_get_dirty_log(self.kvm, slot)
 
     # vCPUs and programs.
 
