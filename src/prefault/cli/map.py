@@ -28,7 +28,7 @@ from prefault.cli.walks import (
     walk_config,
     walk_options,
 )
-from prefault.errors import UsageError
+from prefault.errors import CapabilityMissing, UsageError
 from prefault.kvm import open_kvm, stage2
 from prefault.lab.job import Job, command_line, run_job
 from prefault.lab.machine import MachineOptions
@@ -210,29 +210,35 @@ def _of_files(options: _Options) -> Story:
     return Story("", tuple(scenes))
 
 
-def _of_process(pid: int | None, options: _Options) -> Story:
-    with _told():
-        folders = sorted(stage2.DEBUGFS_KVM.glob(f"{pid}-*"))
+def _of_process(pid: int, options: _Options) -> Story:
+    try:
+        here = sorted(stage2.DEBUGFS_KVM.iterdir())
+    except OSError as error:
+        raise CapabilityMissing(
+            f"{stage2.DEBUGFS_KVM} cannot be read: {error.strerror}; that needs root, KVM and debugfs"
+        ) from error
+    # A VM's folder is named after the process and the file descriptor.
+    folders = [folder for folder in here if folder.name.startswith(f"{pid}-")]
     if not folders:
-        raise UsageError(
-            f"no VM of process {pid} under {stage2.DEBUGFS_KVM}; that needs root, a mounted debugfs, and a "
-            "process that has a VM: see its folders, which are named PID-FD"
-        )
-    return Story(
-        "",
-        tuple(
-            Scene(folder.name, _maps(folder.name, list(_read(str(folder))), options)) for folder in folders
-        ),
-    )
+        others = sorted({folder.name.split("-")[0] for folder in here if folder.is_dir()})
+        has = f"these have: {', '.join(others)}" if others else "no process has"
+        raise UsageError(f"process {pid} has no VM on this host; {has}")
+    scenes = [Scene(folder.name, _maps(folder.name, list(_read(str(folder))), options)) for folder in folders]
+    return Story("", tuple(scenes))
 
 
 def _read(name: str) -> Iterator[tuple[str, stage2.Dump]]:
     """The tables in a file or in a VM's folder, each with its name.
 
     :raises UsageError: it cannot be read, is no dump, or is empty
+    :raises CapabilityMissing: the folder is of a kernel that does not show its tables
     """
     path = Path(name)
     if name != "-" and path.is_dir():
+        if not (path / "stage2_page_tables").exists():
+            raise CapabilityMissing(
+                f"{path} has no stage2_page_tables; arm64 kernels with CONFIG_PTDUMP_STAGE2_DEBUGFS have it"
+            )
         shadows = sorted((path / "nested").glob("*"), key=_numbers)
         for file in (path / "stage2_page_tables", *shadows):
             yield from ((file.name, dump) for dump in _dumps(str(file), shadow=file in shadows))
