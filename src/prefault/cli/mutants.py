@@ -142,7 +142,7 @@ def _said(one: Comparison) -> str:
 
 def _soak(mutant: Mutant, image: Path, minutes: float) -> str:
     """What a soak found; empty if nothing."""
-    config = SoakConfig(seconds=60 * minutes, round_seconds=10, nested=mutant.mode == "nested")
+    config = SoakConfig(seconds=60 * minutes, nested=mutant.mode == "nested")
     argv = ("python3", "-m", "prefault.soak.run", json.dumps(dataclasses.asdict(config)))
     machine = MachineOptions(memory_mib=3072, cpus=4, mode=mutant.mode, append=("hugepages=8",))
     try:

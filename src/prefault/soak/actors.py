@@ -86,7 +86,7 @@ class PreFaulter:
         if self._failing is None:
             self._failing = Failing()  # It belongs to the thread.
         ground, chance = self._ground, self._chance
-        region = chance.choice(ground.patches).region
+        region = chance.choice(ground.focus).region
         gpa = region.gpa + chance.randrange(-8, region.size // ground.page) * ground.page
         size = _few(chance, 700) * ground.page
         nth = chance.choice([0, 0, 0, chance.randrange(1, 30)])
@@ -118,7 +118,7 @@ class Runner:
     def __call__(self) -> str:
         """One walk."""
         ground, chance = self._ground, self._chance
-        patch = chance.choice(ground.patches)
+        patch = chance.choice(ground.focus)
         pages = ground.pages(patch)
         first = chance.randrange(len(pages))
         count = min(_few(chance, 200), len(pages) - first)
@@ -175,7 +175,7 @@ class Host:
         time.sleep(self._pause)
         what = self._chance.choices(
             [self._throw_away, self._advise, self._protect, self._fork, self._compact, self._merge],
-            [40, 30, 15, 5, 1, 4],
+            [60, 25, 10, 3, 1, 2],
         )[0]
         return what()
 
@@ -188,7 +188,7 @@ class Host:
     def _choose(self, *, volatile: bool = False) -> Patch:
         able = [
             one
-            for one in self._ground.patches
+            for one in self._ground.focus
             if not one.moving
             and one.region.backing not in (Backing.GUEST_MEMFD, Backing.HUGETLB)
             and (one.volatile or not volatile)

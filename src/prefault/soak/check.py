@@ -144,7 +144,8 @@ def leaves(ground: Ground, table: list[Leaf], logged: dict[int, set[int]]) -> It
             for ipa in range(leaf.ipa, leaf.ipa + leaf.size, ground.page):
                 wrong = _leaf(ground, pagemap, leaf, ipa, logged)
                 if wrong:
-                    yield f"leaf at ipa {ipa:#x} ({leaf}): {wrong}"
+                    kind = f"level {leaf.level}, {'writable' if leaf.writable else 'read-only'}"
+                    yield f"leaf at ipa {ipa:#x} ({kind}): {wrong}"
     finally:
         pagemap.close()
 

@@ -9,6 +9,7 @@ host and is still mapped, is seen.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -53,6 +54,7 @@ class Patch:
 class Ground:
     """All of it, and what must be there.
 
+    :ivar focus: the patches that are fought over just now, so that those who fight meet
     :ivar stamped: number of the last stamp
     :ivar written: gpa of pages whose word the guest has replaced for certain since then
     """
@@ -60,6 +62,7 @@ class Ground:
     vm: Vm
     page: int
     patches: list[Patch]
+    focus: list[Patch] = field(default_factory=list)
     stamped: int = 0
     written: set[int] = field(default_factory=set)
 
@@ -68,6 +71,11 @@ class Ground:
         self.vm.set_user_memory_region(MemoryRegion(0, CODE, CODE_SIZE, resident=Resident.WRITE))
         for patch in self.patches:
             self.vm.set_user_memory_region(patch.region)
+
+    def look_at(self, chance: random.Random) -> None:
+        """Choose other patches to fight over, one at least that can be thrown away."""
+        losing = [one for one in self.patches if one.loses and not one.moving]
+        self.focus = [chance.choice(losing), *chance.sample(self.patches, 2)]
 
     def pages(self, patch: Patch) -> range:
         """gpa of each page of a patch."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python3 -m prefault.soak.run JSON``: rounds of fighting and checking, a JSON line for each.
 
-A round is a new VM: its actors fight for some seconds, rest, and everything is checked.
+A round is a new VM: its actors fight for some seconds, rest, and every byte and leaf is checked; so a few
+times, and at the end the guest reads and writes all that there is.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from prefault.errors import PrefaultError
@@ -45,13 +45,15 @@ class SoakConfig:
 
     :ivar seconds: of fighting, in all
     :ivar round_seconds: of fighting, in a round
+    :ivar bout_seconds: of fighting, between two checks
     :ivar vcpus: two of them only pre-fault and only run; the others do both
     :ivar nested: vCPUs have EL2, and every other walk is an L2's; in every other round
     :ivar seed: of all chances; threads still race as they like
     """
 
     seconds: float = 60
-    round_seconds: float = 5
+    round_seconds: float = 10
+    bout_seconds: float = 2
     vcpus: int = 4
     nested: bool = True
     seed: int = 0
@@ -111,11 +113,18 @@ def play(kvm: Kvm, config: SoakConfig, number: int) -> Round:
             # Each notification of the host's takes a shadow MMU of 48 bits apart, which is slow.
             pause = 0.3 if nested else 0.001
             others: list[Act] = [Host(ground, random.Random(chance.random()), pause) for _ in range(2)]
-            _fight(acts, [*others, slots], config.round_seconds, counts, chance)
+            for bout in range(max(1, round(config.round_seconds / config.bout_seconds))):
+                ground.look_at(chance)
+                # Guests that run repair what they meet, so that less is left to be seen.
+                active = acts if bout % 2 else [one[:1] for one in acts if one is not acts[1]]
+                _fight(active, [*others, slots], config.bout_seconds, counts, chance)
+                wrong = _rest(ground, slots)
+                if wrong:
+                    break
+            else:
+                wrong = _compare(ground, reader, vcpus[0], nested)
         except Exception:
             wrong.append(traceback.format_exc())
-        else:
-            wrong = _check(ground, slots, reader, vcpus[0], nested)
     return Round(number, nested, time.monotonic() - began, dict(counts), wrong)
 
 
@@ -143,23 +152,26 @@ def _vcpu(acts: list[Act], until: float, counts: Counter[str], threads: list[int
         threads.remove(here())
 
 
-def _check(ground: Ground, slots: Slots, reader: check.Reader, vcpu: Vcpu, nested: bool) -> list[str]:
-    """Everything that must hold; the order matters, as reading and writing change the tables."""
+def _rest(ground: Ground, slots: Slots) -> list[str]:
+    """What does not hold after a bout. Nothing changes by looking, but that the dirty logs are read."""
     table = ground.vm.stage2()
     logged = slots.rest()
-    found = [
-        partial(check.contents, ground),
-        partial(check.leaves, ground, table, logged),
-        partial(reader.reads, vcpu),
-    ]
-    if not nested:
+    return [*_some(check.contents(ground)), *_some(check.leaves(ground, table, logged))]
+
+
+def _compare(ground: Ground, reader: check.Reader, vcpu: Vcpu, nested: bool) -> list[str]:
+    """What does not hold if the guest now reads everything, and then writes everything."""
+    wrong = _some(reader.reads(vcpu))
+    if nested:
         # Breaking copy-on-write takes the shadow MMUs apart each time: minutes, for so many pages.
-        found += [partial(reader.writes, vcpu), partial(check.contents, ground)]
-    wrong: list[str] = []
-    for one in found:
-        lines = list(one())
-        wrong += lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
-    return wrong
+        return wrong
+    return [*wrong, *_some(reader.writes(vcpu)), *_some(check.contents(ground))]
+
+
+def _some(lines: Iterable[str]) -> list[str]:
+    """The first few, and how many more there are."""
+    whole = list(lines)
+    return whole[:_SHOWN] + ([f"and {len(whole) - _SHOWN} more"] if len(whole) > _SHOWN else [])
 
 
 def _prepare() -> None:
