@@ -89,7 +89,11 @@ def test_json_has_every_run(capsys: pytest.CaptureFixture[str], files: tuple[str
     assert [run["leaves"] for run in runs] == [0, 1, 0, 0, 0]
     assert runs[1] == {
         **dict.fromkeys(("readable", "writable", "px", "ux", "accessed"), True),
-        **{"ipa": 0x4000_0000, "size": 0x1000, "level": 3, "leaves": 1, "block": False},
+        "ipa": 0x4000_0000,
+        "size": 0x1000,
+        "level": 3,
+        "leaves": 1,
+        "block": False,
     }
     assert (table["page_size"], table["ipa_bits"], table["tables"]) == (4096, 36, {"1": 1, "2": 1, "3": 1})
 

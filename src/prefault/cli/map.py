@@ -301,6 +301,8 @@ def _print(story: Story, options: _Options) -> None:
     ascii_only = console.options.ascii_only
     for line in _lines(story, console, options, ascii_only):
         console.print(line)
+    for remark in story.remarks:
+        console.print(f"\n{remark}", markup=False, soft_wrap=True)
 
 
 def _lines(story: Story, console: Console, options: _Options, ascii_only: bool) -> Iterator[RenderableType]:
@@ -311,9 +313,6 @@ def _lines(story: Story, console: Console, options: _Options, ascii_only: bool) 
         yield from _differences(story, limit)
     else:
         yield from _drawings(story, console.width, limit, ascii_only)
-    for remark in story.remarks:
-        yield Text()
-        yield Text(remark, no_wrap=True, overflow="ignore")
 
 
 def _drawings(story: Story, width: int, limit: int, ascii_only: bool) -> Iterator[RenderableType]:

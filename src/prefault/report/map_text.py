@@ -142,7 +142,7 @@ def legend(*, ascii_only: bool = False) -> Text:
 def part_table(table: TableMap, limit: int) -> Table:
     """The whole table part by part."""
     found = Table(box=None, pad_edge=False)
-    found.add_column("IPA", min_width=len(format_range(0, 0)), overflow="fold")
+    found.add_column("IPA", no_wrap=True)
     for heading in ("size", "leaves"):
         found.add_column(heading, justify="right", overflow="fold")
     found.add_column("access", overflow="fold")
@@ -214,8 +214,11 @@ def _change(change: Change) -> str:
 def change_table(before: TableMap, after: TableMap, limit: int) -> Table:
     """Where two tables differ; of more than ``limit`` places, the first."""
     found = Table(box=None, pad_edge=False)
-    for heading in ("", "IPA", "size", "was", "is"):
-        found.add_column(heading, justify="right" if heading == "size" else "left", overflow="fold")
+    found.add_column("")
+    found.add_column("IPA", no_wrap=True)
+    found.add_column("size", justify="right", no_wrap=True)
+    for heading in ("was", "is"):
+        found.add_column(heading, overflow="fold")
     signs: Mapping[str, tuple[str, str]] = {
         "mapped": ("+", "green"),
         "unmapped": ("-", "red"),
