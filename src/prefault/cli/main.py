@@ -18,6 +18,7 @@ import click
 
 from prefault import __version__
 from prefault.cli import output
+from prefault.cli.bisectable import bisectable
 from prefault.cli.conform import conform
 from prefault.cli.lab import lab
 from prefault.cli.map import map_
@@ -68,6 +69,7 @@ root.add_command(conform)
 root.add_command(lab)
 lab.add_command(soak)
 lab.add_command(mutants)
+lab.add_command(bisectable)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

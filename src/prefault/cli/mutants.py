@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -15,11 +14,10 @@ from rich.table import Table
 
 from prefault.cli import output
 from prefault.cli.progress import drawn
-from prefault.conform import in_lab, on_spec
-from prefault.conform.compare import BAD, Comparison, compare_all
-from prefault.conform.suite import Play, Suite, choose
+from prefault.conform.judge import judge, said
 from prefault.errors import BuildFailed, ExitCode, JobTimeout, LabLost
 from prefault.lab import mutants as lab_mutants
+from prefault.lab import trial
 from prefault.lab.job import Job, JobSplat, run_job
 from prefault.lab.machine import MachineOptions
 from prefault.lab.mutants import Mutant
@@ -90,7 +88,7 @@ def mutants(**options: Unpack[_Options]) -> None:
     verdicts = []
     for mutant in chosen:
         with drawn() as progress:
-            verdict = judge(mutant, options["soak_minutes"], progress)
+            verdict = catch(mutant, options["soak_minutes"], progress)
         verdicts.append(verdict)
         click.echo(f"{mutant.name}: {_caught(verdict)}", err=True)
     _print(verdicts)
@@ -108,36 +106,20 @@ def _list(chosen: list[Mutant]) -> None:
     output.stdout().print(table)
 
 
-def judge(mutant: Mutant, soak_minutes: float, progress: Progress) -> Verdict:
+def catch(mutant: Mutant, soak_minutes: float, progress: Progress) -> Verdict:
     """Build it, and try to catch it."""
     try:
-        image = lab_mutants.image(mutant, progress=progress)
+        image = trial.image((*trial.lab_series().patches, mutant.patch), mutant.name, progress=progress)
     except BuildFailed as error:
         raise BuildFailed(f"{mutant.name}: {error}") from error
-    found = list(_scenarios(mutant, image, progress))
-    if found:
-        return Verdict(mutant, tuple(one.name for one in found), _said(found[0]))
+    bad = judge(image, mutant.mode, LIMIT_SECONDS, progress).bad
+    if bad:
+        return Verdict(mutant, tuple(one.name for one in bad), said(bad[0]))
     if not soak_minutes:
         return Verdict(mutant)
     progress.stage("soak")
     evidence = _soak(mutant, image, soak_minutes)
     return Verdict(mutant, ("soak",) if evidence else (), evidence)
-
-
-def _scenarios(mutant: Mutant, image: Path, progress: Progress) -> Iterable[Comparison]:
-    suite = Suite(choose(()))
-    progress.stage("scenarios", len(suite.order()))
-    options = MachineOptions(mode=mutant.mode, append=in_lab.HUGE_PAGES)
-    lab = in_lab.play(suite, options, image, LIMIT_SECONDS, progress.step)
-    spec: dict[str, Play] = on_spec.play(suite, on_spec.host_config(lab.facts))
-    return [one for one in compare_all(spec, lab.plays) if one.verdict in BAD]
-
-
-def _said(one: Comparison) -> str:
-    lines = [*one.splats, *one.kernel.text.strip().splitlines()[-1:]]
-    if one.difference is not None:
-        lines.append(f"differs in {one.difference.what}")
-    return lines[0] if lines else one.verdict.value
 
 
 def _soak(mutant: Mutant, image: Path, minutes: float) -> str:

@@ -4,24 +4,16 @@
 A mutant is a patch on top of the series. The text before its diff says what the mistake is, and may end
 with lines such as ``Mode: protected``, the mode of KVM in which it shows, ``Variant: debug``, the kernel
 that notices it, and ``Equivalent: reason``, if nobody can tell it from the right kernel.
-
-Mutants are built in the lab's own tree, so that only what they touch is compiled; the tree is brought back
-after each one.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from prefault.errors import UsageError
-from prefault.lab import build, cache, series, source
 from prefault.lab.build import KERNEL_FOLDER
-from prefault.lab.kbuild import Make
-from prefault.lab.progress import Progress, Silent
-from prefault.lab.series import Series
 
 _TRAILER = re.compile(r"^(Mode|Variant|Equivalent): (.+)$", re.MULTILINE)
 _DIFF = re.compile(r"^---$", re.MULTILINE)
@@ -81,29 +73,3 @@ def choose(names: tuple[str, ...], mutants: list[Mutant]) -> list[Mutant]:
     if unknown:
         raise UsageError(f"no mutant is called {', '.join(unknown)}; there are: {', '.join(known)}")
     return [known[name] for name in names] if names else mutants
-
-
-def image(mutant: Mutant, *, jobs: int = 0, progress: Progress | None = None) -> Path:
-    """Build a mutant.
-
-    :returns: its Image, which the next call replaces
-    :raises ToolMissing: the lab has no kernel to begin with
-    :raises BuildFailed: it does not apply, or does not compile
-    """
-    progress = progress or Silent()
-    build.current()
-    with cache.locked("kernel"):
-        origin = source.packaged()
-        recipe = build.recipe_for(source.version_of(origin.tree))
-        make = Make(
-            origin.tree, origin.folder / "build", origin.folder / "mutants.log", jobs or os.cpu_count() or 1
-        )
-        try:
-            progress.stage(f"compiling {mutant.name}")
-            series.apply(Series((*recipe.series.patches, mutant.patch)), origin)
-            make.run("Image", on_step=progress.step)
-            made = origin.folder / "mutant-Image"
-            cache.write_file(made, (make.output / "arch/arm64/boot/Image").read_bytes())
-        finally:
-            series.apply(recipe.series, origin)
-    return made
