@@ -40,6 +40,8 @@ class Backing(enum.Enum):
     """MAP_SHARED of a memfd."""
     GUEST_MEMFD = "guest-memfd"
     """A guest_memfd with GUEST_MEMFD_FLAG_MMAP | INIT_SHARED."""
+    DEVICE = "device"
+    """The machine's NOR flash, mapped through /dev/mem: uncached, and without pages (VM_PFNMAP)."""
 
 
 class Resident(enum.Enum):
@@ -238,8 +240,8 @@ class Vcpu(Protocol):
     def load(self, program: Program, arguments: Sequence[int] = ()) -> None:
         """Point the vCPU at ``program``, which ``Vm.install`` has put into guest memory."""
 
-    def run(self) -> Exit:
-        """KVM_RUN once."""
+    def run(self, *, immediate_exit: bool = False) -> Exit:
+        """KVM_RUN once; with ``immediate_exit`` it completes a pending exit and returns."""
 
     def complete_mmio(self, value: int) -> None:
         """Give the pending MMIO read its value; the next ``run`` delivers it to the guest."""

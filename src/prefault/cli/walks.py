@@ -60,7 +60,7 @@ def walk_options(size: str) -> Callable[[_Command], _Command]:
         ),
         click.option(
             "--backing",
-            type=click.Choice([backing.value for backing in Backing]),
+            type=click.Choice([backing.value for backing in Backing if backing is not Backing.DEVICE]),
             default=Backing.PRIVATE.value,
             show_default=True,
             help="What is behind the memslot.",

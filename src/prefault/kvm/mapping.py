@@ -42,8 +42,8 @@ _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def _map(hva: int, size: int, protection: int, flags: int, fd: int) -> int:
-    result = _libc.mmap(hva or None, size, protection, flags, fd, 0)
+def _map(hva: int, size: int, protection: int, flags: int, fd: int, offset: int = 0) -> int:
+    result = _libc.mmap(hva or None, size, protection, flags, fd, offset)
     if result is None or result == _MAP_FAILED:
         error = ctypes.get_errno()
         raise PrefaultError(
@@ -65,11 +65,11 @@ def reserve(size: int, alignment: int) -> tuple[int, int]:
     return whole, -(-whole // alignment) * alignment
 
 
-def map_at(hva: int, size: int, *, shared: bool, fd: int = -1) -> None:
-    """Map anonymous memory, or the file ``fd``, at an address that ``reserve`` gave."""
+def map_at(hva: int, size: int, *, shared: bool, fd: int = -1, offset: int = 0) -> None:
+    """Map anonymous memory, or the file ``fd`` from ``offset``, at an address that ``reserve`` gave."""
     flags = _MAP_FIXED | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
     flags |= mmap.MAP_ANONYMOUS if fd < 0 else 0
-    _map(hva, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd)
+    _map(hva, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
 
 
 def unmap(hva: int, size: int) -> None:

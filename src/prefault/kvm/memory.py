@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from prefault.errors import CapabilityMissing, UsageError
-from prefault.kvm import hugepages, mapping
+from prefault.kvm import devmem, hugepages, mapping
 from prefault.machine import FILE_CONTENTS, Access, Advice, Backing, MemoryRegion, Resident
 
 _MFD_HUGETLB = 4
@@ -121,7 +121,8 @@ def create(region: MemoryRegion, page_size: int, guest_memfd: int = -1) -> Memor
     try:
         _check(region, page_size)
         _map(memory, region, page_size)
-        _populate(memory, region.resident)
+        if region.backing is not Backing.DEVICE:  # all there from the beginning
+            _populate(memory, region.resident)
     except BaseException:
         memory.close()
         raise
@@ -148,7 +149,8 @@ def _map(memory: Memory, region: MemoryRegion, page_size: int) -> None:
     length = -(-(memory.hva + region.size - start) // huge) * huge
     fd = _file(memory, region, length, huge)
     private = region.backing in (Backing.PRIVATE, Backing.THP, Backing.FILE_PRIVATE)
-    mapping.map_at(start, length, shared=not private, fd=fd)
+    offset = devmem.flash(length) if region.backing is Backing.DEVICE else 0
+    mapping.map_at(start, length, shared=not private, fd=fd, offset=offset)
     if region.backing is Backing.THP:
         if hugepages.thp_mode() in ("", "never"):
             raise CapabilityMissing(
@@ -177,6 +179,9 @@ def _file(memory: Memory, region: MemoryRegion, length: int, huge: int) -> int:
     if region.backing is Backing.HUGETLB:
         memory._reservation = hugepages.Reservation(huge, length // huge)
         flags = _MFD_HUGETLB | (huge.bit_length() - 1) << _MFD_HUGE_SHIFT
+    elif region.backing is Backing.DEVICE:
+        memory._fds.append(devmem.open_devmem())
+        return memory._fds[-1]
     elif region.backing in (Backing.FILE_PRIVATE, Backing.FILE_SHARED):
         flags = 0
     else:

@@ -75,10 +75,12 @@ class Vcpu(Descriptor):
         self.try_ioctl("KVM_RUN")
         self._run.immediate_exit = 0
 
-    def run(self) -> Exit:
-        """KVM_RUN once."""
+    def run(self, *, immediate_exit: bool = False) -> Exit:
+        """KVM_RUN once; with ``immediate_exit`` it completes a pending exit and returns."""
         self._before_run(threading.get_native_id())
+        self._run.immediate_exit = int(immediate_exit)
         result, error = self.try_ioctl("KVM_RUN")
+        self._run.immediate_exit = 0
         return decode(self._run, error if result < 0 else 0)
 
     def complete_mmio(self, value: int) -> None:

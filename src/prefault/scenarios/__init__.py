@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold, as short programs over machine.py. Importing this lists all of them."""
 
-from prefault.scenarios import memory, nested, ordinary, refusals, userfault
+from prefault.scenarios import memory, nested, ordinary, races, refusals, shapes, userfault
 from prefault.scenarios.scenario import SCENARIOS, Outcome, Scenario, Stage, perform
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "nested",
     "ordinary",
     "perform",
+    "races",
     "refusals",
+    "shapes",
     "userfault",
 ]

@@ -8,7 +8,7 @@ from prefault.machine import Access, Advice, Backing, Leaf, MemoryRegion, MmioEx
 from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
 
 PAGES = 16
-EVERY = tuple(Backing)
+EVERY = tuple(backing for backing in Backing if backing is not Backing.DEVICE)
 
 
 def _pages(stage: Stage, backing: Backing) -> int:

@@ -3,13 +3,25 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from prefault.abi.constants import EHWPOISON
-from prefault.guest.program import DeviceRead, DeviceWrite, Marker, Read, Report, Walk
-from prefault.machine import Advice, Backing, MemoryRegion, Resident, VcpuConfig
+from prefault.guest.program import DeviceRead, DeviceWrite, Marker, Read, Report, Walk, Write
+from prefault.machine import (
+    Access,
+    Advice,
+    Backing,
+    Failed,
+    MemoryFault,
+    MemoryRegion,
+    MmioExit,
+    Resident,
+    SlotFlags,
+    VcpuConfig,
+)
 from prefault.scenarios.scenario import DATA, DEVICE, Stage, scenario, scenarios
 
 PAGES = 64
@@ -173,6 +185,76 @@ def pending_device_write_is_not_repeated(stage: Stage) -> None:
     for _ in range(3):
         stage.proceed(vcpu)
         stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+
+
+@scenario("M3")
+def a_read_completed_by_an_immediate_exit_stays_completed(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    vcpu = stage.vcpu(vm, DeviceRead(DEVICE, 2, True), Report())
+    stage.proceed(vcpu)
+    vcpu.complete_mmio(0x8001)
+    stage.see("immediate exit", vcpu.run(immediate_exit=True))
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.see("immediate exit", vcpu.run(immediate_exit=True))
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.holds(stage.finish(vcpu) == [0xFFFF_FFFF_FFFF_8001], "the read was completed twice, or not at all")
+
+
+@scenario("M3", "M10")
+def a_memory_fault_exit_can_be_followed_by_prefaults(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES, Backing.GUEST_MEMFD))
+    bad = DATA + 3 * stage.page
+    vm.advise(bad, stage.page, Advice.HWPOISON)
+    vcpu = stage.vcpu(vm, Marker(0), Read(bad), Report())
+    stage.proceed(vcpu)
+    fault = stage.proceed(vcpu)
+    stage.holds(fault == MemoryFault(bad, stage.page, 0, EHWPOISON), f"a poisoned page gave {fault}")
+    progress = stage.pre_fault_once(vcpu, DATA, PAGES * stage.page)
+    stage.holds((progress.errno, progress.gpa) == (0, bad), f"progress up to the bad page, not {progress}")
+    progress = stage.pre_fault_once(vcpu, bad, stage.page)
+    stage.holds(progress.errno == EHWPOISON, f"a poisoned page gave {progress}")
+    stage.holds(stage.proceed(vcpu) == fault, "the guest's access is not tried again")
+
+
+@scenario("M3", "M10")
+def a_failed_run_can_be_followed_by_prefaults(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    hole = DATA + 3 * stage.page
+    vm.protect(hole, stage.page, Access.NONE)
+    vcpu = stage.vcpu(vm, Marker(0), Read(hole), Marker(1))
+    stage.proceed(vcpu)
+    stage.holds(stage.proceed(vcpu) == Failed(errno.EFAULT), "memory without access should fail the run")
+    progress = stage.pre_fault_once(vcpu, DATA, PAGES * stage.page)
+    stage.holds((progress.errno, progress.gpa) == (0, hole), f"progress up to the hole, not {progress}")
+    vm.protect(hole, stage.page, Access.WRITE)
+    stage.pre_fault(vcpu, hole, stage.page)
+    with vm.count_faults() as counts:
+        stage.proceed(vcpu)
+    stage.holds(counts.total == 0, f"{counts.total} stage-2 faults on memory that is mapped")
+
+
+@scenarios("M3", cases=[(width,) for width in (1, 2, 4, 8)])
+def pending_device_write_of_each_width_survives(stage: Stage, width: int) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    vcpu = stage.vcpu(vm, DeviceWrite(DEVICE, 0xF1E2_D3C4_B5A6_9788, width), Marker(0))
+    exit_ = stage.proceed(vcpu)
+    data = 0xF1E2_D3C4_B5A6_9788 & (1 << 8 * width) - 1
+    stage.holds(exit_ == MmioExit(DEVICE, width, True, data), f"the write came out as {exit_}")
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.proceed(vcpu)
+
+
+@scenario("M3", "M10")
+def a_write_to_a_read_only_slot_stays_pending(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES, flags=SlotFlags.READONLY))
+    vcpu = stage.vcpu(vm, Write(DATA, 0x55), Read(DATA), Report(), Marker(0))
+    exit_ = stage.proceed(vcpu)
+    stage.holds(exit_ == MmioExit(DATA, 8, True, 0x55), f"the write came out as {exit_}")
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    with vm.count_faults() as counts:
+        values = stage.finish(vcpu)
+    stage.holds(values == [0], f"the guest read {values}: its write was done after all")
+    stage.holds(counts.total == 0, f"{counts.total} stage-2 faults on memory that is mapped")
 
 
 REGISTERS = (

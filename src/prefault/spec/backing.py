@@ -13,6 +13,8 @@ from prefault.machine import FILE_CONTENTS, Access, Advice, Backing, MemoryRegio
 from prefault.spec.mm import File, Vma
 from prefault.spec.state import Host
 
+FLASH = 0x400_0000
+"""Physical address of the second bank of flash of the lab's machine."""
 _PRIVATE = (Backing.PRIVATE, Backing.THP, Backing.FILE_PRIVATE)
 
 
@@ -35,8 +37,10 @@ def create(host: Host, region: MemoryRegion) -> Vma:
     vma.hugetlb = region.backing is Backing.HUGETLB
     vma.nohugepage = region.backing in (Backing.PRIVATE, Backing.SHARED)
     vma.thp = region.backing is Backing.THP
+    if region.backing is Backing.DEVICE:
+        vma.pfn, vma.uncached = FLASH >> host.memory.page_shift, True
     host.mm.mmap(vma)
-    if region.resident is not Resident.NOTHING:
+    if region.resident is not Resident.NOTHING and not vma.pfn:
         host.mm.populate(hva, hva + region.size, write=region.resident is Resident.WRITE)
     return vma
 
@@ -91,7 +95,7 @@ def _huge_page_size(host: Host, region: MemoryRegion) -> int:
 
 def _file(host: Host, region: MemoryRegion, length: int, huge: int) -> File | None:
     """Shared anonymous memory is a file, too: shmem."""
-    if region.backing in (Backing.PRIVATE, Backing.THP):
+    if region.backing in (Backing.PRIVATE, Backing.THP, Backing.DEVICE):
         return None
     cached = region.backing not in (Backing.HUGETLB, Backing.GUEST_MEMFD)
     file = File(length, huge.bit_length() - 1, fault_around=cached)

@@ -59,6 +59,7 @@ class VmaInfo:
     max_map_size: int
     ipa: int
     device: bool = False
+    non_cacheable: bool = False
     pfn: int = 0
     map_writable: bool = False
     pinned: bool = False
@@ -138,7 +139,8 @@ def user_mem_abort(s2fd: FaultDesc) -> int:
     s2vi = kvm_s2_fault_pin_pfn(s2fd)
     if isinstance(s2vi, int):
         return s2vi
-    return kvm_s2_fault_map(s2fd, s2vi, kvm_s2_fault_compute_prot(s2fd, s2vi))
+    prot = kvm_s2_fault_compute_prot(s2fd, s2vi)
+    return kvm_s2_fault_map(s2fd, s2vi, prot) if prot > 0 else prot
 
 
 def kvm_s2_fault_pin_pfn(s2fd: FaultDesc) -> VmaInfo | int:
@@ -175,7 +177,7 @@ def kvm_s2_fault_get_vma_info(s2fd: FaultDesc) -> VmaInfo | int:
     size, max_map_size = kvm_s2_resolve_vma_size(s2fd, vma)
     # The mmap_lock is held: no VMA changes between the lookup and the sample.
     seq = kvm.mmu_invalidate_seq.sample()
-    return VmaInfo(seq, size, max_map_size, s2fd.fault_ipa & -size)
+    return VmaInfo(seq, size, max_map_size, s2fd.fault_ipa & -size, non_cacheable=vma.uncached)
 
 
 def kvm_s2_resolve_vma_size(s2fd: FaultDesc, vma: Vma) -> tuple[int, int]:
@@ -230,11 +232,13 @@ def kvm_s2_fault_maps_writable(s2fd: FaultDesc, s2vi: VmaInfo) -> bool:
 
 
 def kvm_s2_fault_compute_prot(s2fd: FaultDesc, s2vi: VmaInfo) -> int:
-    """Mirrors: kvm_s2_fault_compute_prot(), for memory that is mapped cacheable"""
+    """Mirrors: kvm_s2_fault_compute_prot()"""
+    if s2fd.exec and s2vi.non_cacheable:
+        return -errno.ENOEXEC
     prot = Prot.R | Prot.W if kvm_s2_fault_maps_writable(s2fd, s2vi) else Prot.R
     if s2fd.nested:
         prot = adjust_nested_fault_perms(s2fd.nested, prot)
-    if s2fd.exec or s2fd.kvm.dic:
+    if s2fd.exec or (s2fd.kvm.dic and not s2vi.non_cacheable):
         prot |= Prot.X
     return adjust_nested_exec_perms(s2fd.nested, prot) if s2fd.nested else prot
 

@@ -65,6 +65,7 @@ class Vma:
 
     :ivar shared: MAP_SHARED; a private file mapping is copied on write
     :ivar pfn: first frame of a VM_PFNMAP mapping, else 0
+    :ivar uncached: mapped as a device is
     :ivar thp: MADV_HUGEPAGE
     :ivar nohugepage: MADV_NOHUGEPAGE
     :ivar hugetlb: the file's pages are huge, of the size 1 << file.shift
@@ -82,6 +83,7 @@ class Vma:
     writable: bool = True
     thp: bool = False
     pfn: int = 0
+    uncached: bool = False
     missing: FaultHandler | None = None
     minor: FaultHandler | None = None
     write_protect: FaultHandler | None = None

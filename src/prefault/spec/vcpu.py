@@ -65,8 +65,11 @@ class SpecVcpu:
 
     # KVM_RUN.
 
-    def run(self) -> Exit:
-        """KVM_RUN once. Mirrors: kvm_arch_vcpu_ioctl_run()"""
+    def run(self, *, immediate_exit: bool = False) -> Exit:
+        """KVM_RUN once; with ``immediate_exit`` it completes a pending exit and returns.
+
+        Mirrors: kvm_arch_vcpu_ioctl_run()
+        """
         if not self._open:
             raise KvmError("KVM_RUN", errno.EBADF)
         if not self._config.initialised:
@@ -74,6 +77,8 @@ class SpecVcpu:
         with LOCK:
             self._kvm.has_run = True
             self._complete_exit()
+            if immediate_exit:
+                return Interrupted()
             self._load_mmu()
             try:
                 return self._run()

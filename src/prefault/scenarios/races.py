@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-faulting while others change what it maps. Who comes first is open; what holds in the end is not."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+from prefault.guest.program import EnterL2, L2Mapping, Marker, Read, Report, Walk, Write
+from prefault.machine import (
+    Access,
+    Advice,
+    Backing,
+    MemoryRegion,
+    Resident,
+    SlotFlags,
+    Vcpu,
+    VcpuConfig,
+    Vm,
+)
+from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
+
+PAGES = 64
+ROUNDS = 60
+"""How often the other side does what it does. Longer races are for `prefault soak`."""
+ELSEWHERE = 2 * DATA
+
+
+def _all_of(vcpu: Vcpu, gpa: int, size: int) -> int:
+    """Pre-fault a range up to its end or to an error; that error, or 0."""
+    while size:
+        progress = vcpu.pre_fault_memory_once(gpa, size)
+        if progress.errno and progress.errno != errno.EINTR:
+            return progress.errno
+        gpa, size = progress.gpa, progress.size
+    return 0
+
+
+def _meanwhile(change: Callable[[], object], prefault: Callable[[], int]) -> set[int]:
+    """Pre-fault as long as another thread does its rounds of ``change``; the errors that came."""
+
+    def rounds() -> None:
+        for _ in range(ROUNDS):
+            change()
+
+    found = set()
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(rounds)
+        while not others.done():
+            found.add(prefault())
+        others.result()
+    return found
+
+
+def _hold(stage: Stage, found: set[int], allowed: set[int]) -> None:
+    names = {errno.errorcode.get(one, one) for one in found - allowed}
+    stage.holds(found <= allowed, f"pre-faulting failed with {names} on the way")
+
+
+def _walk(stage: Stage, write_permille: int = 0) -> Walk:
+    return Walk(DATA, PAGES * stage.page, stage.page, write_permille)
+
+
+def _write_and_drop(stage: Stage, vm: Vm) -> None:
+    for index in range(0, PAGES, 4):
+        vm.write_memory(DATA + index * stage.page, b"\x99" * 8)
+    vm.advise(DATA, PAGES * stage.page, Advice.DONTNEED)
+
+
+@scenarios("M12", cases=[(False,), (True,)])
+def no_stale_leaf_after_pages_were_dropped_meanwhile(stage: Stage, nested: bool) -> None:
+    vm = stage.vm(stage.data(PAGES, resident=Resident.NOTHING))
+    size = PAGES * stage.page
+    if nested:
+        l2 = 0x20_0000_0000
+        steps = (Read(l2), Marker(0), Walk(l2, size, stage.page), Report())
+        program = EnterL2(steps, (L2Mapping(l2, DATA, size),))
+        vcpu = stage.vcpu(vm, program, config=VcpuConfig(el2=True))
+    else:
+        vcpu = stage.vcpu(vm, Marker(0), _walk(stage), Report())
+    stage.proceed(vcpu)
+    _hold(stage, _meanwhile(partial(_write_and_drop, stage, vm), partial(_all_of, vcpu, DATA, size)), {0})
+    stage.holds(_all_of(vcpu, DATA, size) == 0, "pre-faulting fails when all is quiet again")
+    stage.leaves(vm)
+    values = stage.finish(vcpu)
+    stage.holds(values == [0], f"the guest read {values} from pages that the host has dropped")
+
+
+def _take_and_give_access(vm: Vm, gpa: int, size: int) -> None:
+    vm.protect(gpa, size, Access.NONE)
+    vm.protect(gpa, size, Access.WRITE)
+
+
+def _take_and_give_write_access(vm: Vm, gpa: int, size: int) -> None:
+    vm.protect(gpa, size, Access.READ)
+    vm.protect(gpa, size, Access.WRITE)
+
+
+_PROTECTIONS: dict[str, tuple[Callable[[Vm, int, int], None], set[int]]] = {
+    "none": (_take_and_give_access, {0, errno.EFAULT}),
+    "read": (_take_and_give_write_access, {0}),
+}
+
+
+@scenarios("M12", "M10", cases=[(name,) for name in _PROTECTIONS])
+def protection_can_change_meanwhile(stage: Stage, name: str) -> None:
+    change, allowed = _PROTECTIONS[name]
+    vm = stage.vm(stage.data(PAGES))
+    vcpu = stage.vcpu(vm, Marker(0), _walk(stage, 1000), _walk(stage), Report())
+    stage.proceed(vcpu)
+    size = PAGES * stage.page
+    _hold(stage, _meanwhile(partial(change, vm, DATA, size), partial(_all_of, vcpu, DATA, size)), allowed)
+    stage.holds(_all_of(vcpu, DATA, size) == 0, "pre-faulting fails when all is quiet again")
+    stage.leaves(vm)
+    stage.finish(vcpu)
+
+
+@scenario("M12", "M6")
+def the_vmm_can_fork_meanwhile(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    vm.write_memory(DATA, (0x11).to_bytes(8, "little"))
+    vcpu, other = stage.vcpu(vm, Marker(0), Write(DATA, 0x22), Marker(1)), vm.create_vcpu()
+    stage.proceed(vcpu)
+    size = PAGES * stage.page
+    # Forks come from this thread, the only one that the child then has.
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(8):
+            prefault = pool.submit(_all_of, other, DATA, size)
+            with vm.fork() as child:
+                stage.holds(prefault.result() == 0, "pre-faulting failed")
+                stage.holds(child.read_memory(DATA, 8)[0] == 0x11, "the child has lost its memory")
+    with vm.fork() as child:
+        stage.pre_fault(vcpu, DATA, size)
+        stage.proceed(vcpu)
+        stage.holds(child.read_memory(DATA, 8)[0] == 0x11, "the guest's write reached the child")
+        stage.leaves(vm)
+
+
+@scenarios("M12", "M7", cases=[(Backing.PRIVATE,), (Backing.THP,), (Backing.SHARED,)])
+def logging_can_be_switched_meanwhile(stage: Stage, backing: Backing) -> None:
+    pages = stage.block // stage.page if backing is Backing.THP else PAGES
+    plain = stage.data(pages, backing)
+    logged = replace(plain, flags=SlotFlags.LOG_DIRTY_PAGES)
+    vm = stage.vm(plain)
+    vcpu = stage.vcpu(vm, Marker(0), Write(DATA, 1), Marker(1), _walk(stage, 1000), Report())
+    stage.proceed(vcpu)
+
+    def switch() -> None:
+        vm.set_user_memory_region(logged)
+        vm.set_user_memory_region(plain)
+
+    _hold(stage, _meanwhile(switch, partial(_all_of, vcpu, DATA, plain.size)), {0})
+    vm.set_user_memory_region(logged)
+    stage.pre_fault(vcpu, DATA, plain.size)
+    leaves = stage.leaves(vm)
+    stage.holds(not any(leaf.writable for leaf in leaves), "a logged slot has a writable leaf")
+    stage.holds(vm.get_dirty_log(1) == [], "pre-faulting made pages dirty")
+    stage.proceed(vcpu)
+    stage.holds(vm.get_dirty_log(1) == [0], "the guest's write is not in the log")
+    stage.finish(vcpu)
+    stage.holds(vm.get_dirty_log(1) == list(range(PAGES)), "a write is missing in the log")
+
+
+_GOING = {0, errno.EAGAIN, errno.ENOENT}
+
+
+@scenarios("M12", "M10", cases=[(Backing.PRIVATE,), (Backing.SHARED,), (Backing.GUEST_MEMFD,)])
+def slots_can_come_and_go_meanwhile(stage: Stage, backing: Backing) -> None:
+    region = stage.data(PAGES, backing)
+    vm = stage.vm(region)
+    vcpu = stage.vcpu(vm, Marker(0), _walk(stage), Report())
+    stage.proceed(vcpu)
+    vm.write_memory(DATA, b"\x99" * 8)
+
+    def renew() -> None:
+        vm.set_user_memory_region(replace(region, size=0))
+        vm.set_user_memory_region(region)
+
+    _hold(stage, _meanwhile(renew, partial(_all_of, vcpu, DATA, region.size)), _GOING)
+    stage.pre_fault(vcpu, DATA, region.size)
+    stage.leaves(vm)
+    stage.holds(stage.finish(vcpu) == [0], "the guest saw the memory of a slot that is gone")
+
+
+@scenario("M12", "M10")
+def slots_can_move_meanwhile(stage: Stage) -> None:
+    here = stage.data(PAGES)
+    there = replace(here, gpa=ELSEWHERE)
+    vm = stage.vm(here)
+    vcpus = [stage.vcpu(vm, Marker(0), _walk(stage), Report()), vm.create_vcpu()]
+    stage.proceed(vcpus[0])
+    vm.write_memory(DATA, (0x11).to_bytes(8, "little"))
+
+    def move() -> None:
+        vm.set_user_memory_region(there)
+        vm.set_user_memory_region(here)
+
+    def prefault() -> int:
+        return _all_of(vcpus[0], DATA, here.size) or _all_of(vcpus[1], ELSEWHERE, here.size)
+
+    _hold(stage, _meanwhile(move, prefault), _GOING)
+    stage.holds(stage.leaves(vm, ELSEWHERE) == [], "where the slot was, there still are leaves")
+    stage.pre_fault(vcpus[0], DATA, here.size)
+    stage.leaves(vm, DATA, here.size)
+    stage.holds(stage.finish(vcpus[0]) == [0x11], "the guest does not see the slot that came back")
+
+
+_RANGES = {"one": ((0, 1), (0, 1)), "overlapping": ((0, 0.75), (0.25, 1)), "disjoint": ((0, 0.5), (0.5, 1))}
+
+
+@scenarios(
+    "M12", "M3", cases=[(name, backing) for name in _RANGES for backing in (Backing.SHARED, Backing.THP)]
+)
+def vcpus_can_prefault_at_once(stage: Stage, name: str, backing: Backing) -> None:
+    pages = 2 * stage.block // stage.page if backing is Backing.THP else 16 * PAGES
+    region = stage.data(pages, backing, resident=Resident.NOTHING)
+    vm = stage.vm(region)
+    tasks = []
+    for first, last in _RANGES[name]:
+        start, end = (int(part * pages) * stage.page for part in (first, last))
+        tasks.append(partial(_all_of, vm.create_vcpu(), DATA + start, end - start))
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        errors = {running.result() for running in [pool.submit(task) for task in tasks]}
+    _hold(stage, errors, {0})
+    leaves = stage.leaves(vm)
+    stage.holds(sum(leaf.size for leaf in leaves) == region.size, "a page was left out")
+
+
+@contextmanager
+def _signals(seconds: float) -> Iterator[None]:
+    """Send this process a signal every so often."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@scenarios("M10", "M2", "M12", cases=[(Backing.PRIVATE,), (Backing.SHARED,), (Backing.GUEST_MEMFD,)])
+def signals_never_lose_progress(stage: Stage, backing: Backing) -> None:
+    region = MemoryRegion(1, DATA, 16 * PAGES * stage.page, backing)
+    vm = stage.vm(region)
+    vcpu = stage.vcpu(vm, Marker(0), _walk(stage), Report())
+    stage.proceed(vcpu)
+    gpa, size, found = region.gpa, region.size, set()
+    with _signals(0.001):
+        while size:
+            progress = vcpu.pre_fault_memory_once(gpa, size)
+            found.add(progress.errno)
+            stuck = (progress.gpa, progress.size) == (gpa, size)
+            stage.holds(stuck == bool(progress.errno), f"EINTR is for no progress only: {progress}")
+            stage.holds(progress.gpa + progress.size == region.gpa + region.size, f"lost some: {progress}")
+            gpa, size = progress.gpa, progress.size
+    _hold(stage, found, {0, errno.EINTR})
+    leaves = stage.leaves(vm)
+    stage.holds(sum(leaf.size for leaf in leaves) == region.size, "a page was left out")
+    stage.holds(stage.faults(vm, vcpu).total == 0, "the guest faulted on memory that is mapped")

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of every shape: huge pages of every size, IPA spaces of every size, memory without pages."""
+
+from __future__ import annotations
+
+import errno
+
+from prefault.abi.constants import KVM_CAP_ARM_VM_IPA_SIZE
+from prefault.errors import CapabilityMissing, KvmError, UsageError
+from prefault.guest.program import Execute, Marker, Report, Walk, Write
+from prefault.machine import Backing, Leaf, MemoryRegion, Resident, SlotFlags, Vm, VmConfig
+from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+TOUCHES = 512
+"""How often a walk over huge pages touches them: not each of the 262144 pages that 1 GiB has."""
+
+_HUGE = {
+    "contiguous-pages": {4 * KIB: 64 * KIB, 16 * KIB: 2 * MIB, 64 * KIB: 2 * MIB},
+    "block": {4 * KIB: 2 * MIB, 16 * KIB: 32 * MIB, 64 * KIB: 512 * MIB},
+    "contiguous-blocks": {4 * KIB: 32 * MIB, 16 * KIB: 1 * GIB},
+    "large-block": {4 * KIB: 1 * GIB},
+}
+"""Sizes of hugetlb pages, by page size of the host, but for those that are too much for a test."""
+
+
+def _huge(stage: Stage, kind: str) -> int:
+    size = _HUGE[kind].get(stage.page)
+    if size is None:
+        raise CapabilityMissing(
+            f"hosts with {stage.page:#x}-byte pages have no {kind} of a bearable size"
+        )
+    return size
+
+
+def _huge_vm(stage: Stage, region: MemoryRegion) -> Vm:
+    try:
+        return stage.vm(region)
+    except UsageError as error:
+        raise CapabilityMissing(str(error)) from error
+
+
+def _same_leaves(stage: Stage, region: MemoryRegion) -> list[Leaf]:
+    """Map a slot by demand faults, then by pre-faulting in another VM; the leaves, if equal."""
+    stride = max(stage.page, region.size // TOUCHES)
+    demand = _huge_vm(stage, region)
+    stage.finish(stage.vcpu(demand, Walk(region.gpa, region.size, stride), Report()))
+    wanted = stage.leaves(demand)
+    demand.close()  # There may be one such huge page only.
+    ahead = _huge_vm(stage, region)
+    vcpu = stage.vcpu(ahead, Marker(0), Walk(region.gpa, region.size, stride), Report())
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, region.gpa, region.size)
+    found = stage.leaves(ahead)
+    whole = sum(leaf.size for leaf in wanted) == region.size
+    stage.holds(found == wanted or not whole, f"demand faults give {wanted}, pre-faulting {found}")
+    stage.holds(sum(leaf.size for leaf in found) == region.size, f"not all is mapped: {found}")
+    stage.holds(stage.faults(ahead, vcpu).total == 0, "the guest faulted on memory that is mapped")
+    return found
+
+
+@scenarios("M9", "M1", cases=[(kind,) for kind in _HUGE])
+def huge_pages_of_every_size_are_mapped_as_by_demand_faults(stage: Stage, kind: str) -> None:
+    size = _huge(stage, kind)
+    _same_leaves(stage, MemoryRegion(1, DATA, size, Backing.HUGETLB, page_size=size))
+
+
+@scenarios("M9", cases=[(kind,) for kind in _HUGE if kind != "contiguous-pages"])
+def slots_that_cut_huge_pages_have_smaller_leaves_at_their_ends(stage: Stage, kind: str) -> None:
+    huge = _huge(stage, kind)
+    start, size = DATA + huge // 2 - 2 * stage.page, huge // 4 + 5 * stage.page
+    region = MemoryRegion(1, start, size, Backing.HUGETLB, page_size=huge)
+    found = _same_leaves(stage, region)
+    stage.holds(all(region.gpa <= leaf.ipa for leaf in found), "a leaf begins before its slot")
+
+
+@scenarios("M9", cases=[(kind,) for kind in _HUGE if kind != "contiguous-pages"])
+def huge_pages_at_an_odd_offset_have_no_blocks(stage: Stage, kind: str) -> None:
+    huge = _huge(stage, kind)
+    region = MemoryRegion(
+        1, DATA, 64 * stage.page, Backing.HUGETLB, page_size=huge, hva_offset=3 * stage.page
+    )
+    stage.holds(all(leaf.level == 3 for leaf in _same_leaves(stage, region)), "a misaligned slot has a block")
+
+
+@scenarios("M2", "M9", cases=[("contiguous-blocks",), ("large-block",)])
+def progress_inside_a_huge_page_is_cut_to_the_range(stage: Stage, kind: str) -> None:
+    huge = _huge(stage, kind)
+    vm = _huge_vm(stage, MemoryRegion(1, DATA, huge, Backing.HUGETLB, page_size=huge))
+    vcpu = stage.vcpu(vm, Marker(0))
+    start, size = DATA + huge // 2 + 3 * stage.page, 2 * stage.page
+    progress = stage.pre_fault_once(vcpu, start, size)
+    stage.holds((progress.gpa, progress.size) == (start + size, 0), f"a part of a block gave {progress}")
+    stage.leaves(vm)
+
+
+@scenarios("M7", "M9", cases=[(kind,) for kind in _HUGE])
+def logged_huge_pages_are_mapped_by_pages(stage: Stage, kind: str) -> None:
+    huge = _huge(stage, kind)
+    size = min(huge, 128 * stage.page)
+    region = MemoryRegion(1, DATA, size, Backing.HUGETLB, flags=SlotFlags.LOG_DIRTY_PAGES, page_size=huge)
+    vm = _huge_vm(stage, region)
+    vcpu = stage.vcpu(vm, Marker(0), Write(DATA + 7 * stage.page, 1))
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, size)
+    leaves = stage.leaves(vm)
+    stage.holds(all(leaf.level == 3 for leaf in leaves), "a logged slot has a block")
+    stage.holds(not any(leaf.writable for leaf in leaves), "a logged slot has a writable leaf")
+    stage.holds(vm.get_dirty_log(1) == [], "pre-faulting made pages dirty")
+    stage.finish(vcpu)
+    stage.holds(vm.get_dirty_log(1) == [7], "the guest's write is not in the log")
+
+
+_IPA_BITS = (32, 33, 36, 39, 40, 41, 42, 44, 47, 48, 49, 52)
+
+
+@scenarios("M14", "M10", cases=[(bits,) for bits in _IPA_BITS])
+def the_top_of_the_ipa_space_can_be_prefaulted(stage: Stage, bits: int) -> None:
+    limit = stage.kvm.check_extension(KVM_CAP_ARM_VM_IPA_SIZE)
+    if bits > limit:
+        raise CapabilityMissing(f"IPA spaces have up to {limit} bits here, not {bits}; boot with LPA2 for 52")
+    pages = 16
+    start, size = (1 << bits) - pages * stage.page, pages * stage.page
+    vm = stage.vm(MemoryRegion(1, start, size, resident=Resident.WRITE), config=VmConfig(ipa_bits=bits))
+    vcpu = stage.vcpu(vm, Marker(0), Walk(start, size, stage.page), Report())
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, start, size)
+    leaves = stage.leaves(vm, start, size)
+    stage.holds([(leaf.ipa, leaf.size) for leaf in leaves] == [(start, size)], f"mapped {leaves}")
+    stage.holds(stage.faults(vm, vcpu).total == 0, "the guest faulted on memory that is mapped")
+    beyond = stage.pre_fault_once(vcpu, 1 << bits, stage.page)
+    stage.holds(beyond.errno == errno.ENOENT, f"beyond the IPA space: {beyond}")
+    across = stage.pre_fault_once(vcpu, start + size - stage.page, 2 * stage.page)
+    stage.holds((across.errno, across.gpa) == (0, 1 << bits), f"up to the end of the IPA space: {across}")
+
+
+@scenario("M14", "M1")
+def memory_without_pages_is_mapped_as_by_demand_faults(stage: Stage) -> None:
+    region = MemoryRegion(1, DATA, 16 * stage.page, Backing.DEVICE)
+    walk = Walk(region.gpa, region.size, stage.page)
+    demand = stage.vm(region)
+    vcpu = stage.vcpu(demand, walk, Marker(0), Execute(DATA), Marker(1))
+    stage.proceed(vcpu)
+    wanted = stage.leaves(demand)
+    stage.holds(not any(leaf.px or leaf.ux for leaf in wanted), "a device can be executed")
+    ahead = stage.vm(region)
+    vcpu = stage.vcpu(ahead, Marker(0), walk, Marker(1))
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, region.gpa, region.size)
+    found = stage.leaves(ahead)
+    stage.holds(wanted == found, f"demand faults give {wanted}, pre-faulting {found}")
+    with ahead.count_faults() as counts:
+        stage.proceed(vcpu)
+    stage.holds(counts.total == 0, f"{counts.total} stage-2 faults on memory that is mapped")
+
+
+@scenario("M14", "M7")
+def memory_without_pages_cannot_be_logged(stage: Stage) -> None:
+    vm = stage.vm()
+    region = MemoryRegion(1, DATA, 16 * stage.page, Backing.DEVICE, flags=SlotFlags.LOG_DIRTY_PAGES)
+    try:
+        vm.set_user_memory_region(region)
+    except KvmError as error:
+        stage.holds(error.errno == errno.EINVAL, f"logging a device gave {error}")
+        progress = stage.pre_fault_once(stage.vcpu(vm, Marker(0)), DATA, stage.page)
+        stage.holds(progress.errno == errno.ENOENT, f"the slot that was refused gave {progress}")
+    else:
+        stage.holds(False, "writes to a device can be logged")
