@@ -67,7 +67,7 @@ class _Options(TypedDict):
 @click.option(
     "--kernel", type=KernelImage(), help="Boot this arm64 Image in place of the one that was built."
 )
-@click.option("--memory", type=Size(), default="2G", show_default=True, help="Memory of the lab's machine.")
+@click.option("--memory", type=Size(), default="3G", show_default=True, help="Memory of the lab's machine.")
 @click.option(
     "--limit",
     type=click.FloatRange(min=1),
@@ -196,7 +196,7 @@ def again(name: str, options: _Options, program: Path | None = None) -> str:
     words += ["--program", str(program)] if program else [name]
     words += ["--mode", options["mode"]] if options["mode"] != "nested" else []
     words += ["--kernel", str(options["kernel"])] if options["kernel"] else []
-    words += ["--memory", f"{options['memory'] >> 20}M"] if options["memory"] != 2 << 30 else []
+    words += ["--memory", f"{options['memory'] >> 20}M"] if options["memory"] != 3 << 30 else []
     return shlex.join(words)
 
 

@@ -23,7 +23,8 @@ LIMIT_SECONDS = 60.0
 """What one scenario may take; the slowest takes 3 s."""
 _PROGRAMS = "/programs.json"
 _STARTING_SECONDS = 30
-HUGE_PAGES = ("hugepages=4",)
+HUGE_PAGES = ("hugepages=4", "hugepagesz=32M", "hugepages=1", "hugepagesz=1G", "hugepages=1")
+"""Kernel arguments that set pages of every size aside, as only a booting kernel can."""
 
 
 @dataclass
