@@ -11,6 +11,7 @@ Source: Arm ARM (DDI 0487), C6.2, "Alphabetical list of A64 base instructions"
 from __future__ import annotations
 
 import enum
+import struct
 from collections.abc import Callable
 
 XZR = 31
@@ -250,8 +251,7 @@ class Assembler:
 
     def align(self, boundary: int) -> None:
         """Fill with zero words (UDF) up to a multiple of ``boundary`` bytes."""
-        while self.offset % boundary:
-            self._words.append(0)
+        self._words.extend([0] * (-self.offset % boundary // 4))
 
     def emit_to(self, name: str, encode: Callable[[int], int]) -> None:
         """Append ``encode(offset)``, with the offset of label ``name`` from this instruction."""
@@ -272,4 +272,4 @@ class Assembler:
             if name not in self._labels:
                 raise ValueError(f"label {name} is used but not defined")
             words[index] = encode(self._labels[name] - 4 * index)
-        return b"".join(word.to_bytes(4, "little") for word in words)
+        return struct.pack(f"<{len(words)}I", *words)

@@ -10,6 +10,7 @@ Image layout, from ``Program.base``: code (entry first), vectors, then L1's stag
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,6 +56,7 @@ class Image:
     data: bytes
 
 
+@functools.lru_cache(64)  # the same program is installed in many VMs, and its size asked for before
 def compile_program(program: Program, page_size: int) -> Image:
     """Compile ``program`` for guests of a host with ``page_size``, the granule of L1's tables."""
     tables.check_granule(page_size)

@@ -10,6 +10,7 @@ Source: Documentation/trace/ftrace.rst, arch/arm64/kvm/trace_arm.h
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -25,7 +26,7 @@ TRACEFS = Path("/sys/kernel/tracing")
 
 _EVENT = "events/kvm/kvm_guest_fault"
 _BYTES_PER_EVENT = 96
-_MAX_BUFFER_KIB = 64 << 10
+_MIN_BUFFER_KIB, _MAX_BUFFER_KIB = 2 << 10, 64 << 10
 _numbers = itertools.count()
 
 _LINE = re.compile(
@@ -79,18 +80,29 @@ class TraceInstance:
             raise CapabilityMissing(
                 f"{self._folder} cannot be made: {error.strerror}; counting stage-2 faults needs root"
             ) from error
+        self._kib = min(_MAX_BUFFER_KIB, max(_MIN_BUFFER_KIB, events * _BYTES_PER_EVENT >> 10))
         try:
-            self._set_up(events)
+            self._write("buffer_size_kb", str(self._kib))
+            self._write("options/event-fork", "1")
         except BaseException:
             self.close()
             raise
 
-    def _set_up(self, events: int) -> None:
-        kib = min(_MAX_BUFFER_KIB, max(256, events * _BYTES_PER_EVENT >> 10))
-        self._write("buffer_size_kb", str(kib))
-        self._write("options/event-fork", "1")
+    def fits(self, events: int) -> bool:
+        """Whether it is there and big enough."""
+        return self._folder.is_dir() and self._folder.parent.parent == TRACEFS and events <= self.room
+
+    @property
+    def room(self) -> int:
+        """How many events are sure to have room."""
+        return (self._kib << 10) // _BYTES_PER_EVENT
+
+    def start(self) -> None:
+        """Begin with an empty trace."""
+        self._write("trace", "")
         threads = " ".join(task.name for task in Path("/proc/self/task").iterdir())
         self._write("set_event_pid", threads)
+        self._write("tracing_on", "1")
         self._write(f"{_EVENT}/enable", "1")
 
     def _write(self, name: str, value: str) -> None:
@@ -101,7 +113,7 @@ class TraceInstance:
 
         :raises PrefaultError: the buffer was too small, so that events were lost
         """
-        self._write("tracing_on", "0")
+        self.pause()
         lost = 0
         for stats in self._folder.glob("per_cpu/cpu*/stats"):
             lost += sum(map(int, re.findall(r"^(?:overrun|dropped events): (\d+)", stats.read_text(), re.M)))
@@ -112,12 +124,45 @@ class TraceInstance:
             )
         return (self._folder / "trace").read_text()
 
+    def pause(self) -> None:
+        """Trace nothing until the next start."""
+        self._write(f"{_EVENT}/enable", "0")
+        self._write("tracing_on", "0")
+
     def close(self) -> None:
         """Remove the instance. Safe to call again."""
         with contextlib.suppress(OSError):
             self._write(f"{_EVENT}/enable", "0")
         with contextlib.suppress(OSError):
             self._folder.rmdir()
+
+
+_idle: list[TraceInstance] = []
+"""Removing an instance takes the kernel a grace period, so that one is kept for the next interval."""
+
+
+def _take(events: int) -> TraceInstance:
+    while _idle:
+        trace = _idle.pop()
+        if trace.fits(events):
+            return trace
+        trace.close()
+    return TraceInstance(events)
+
+
+def _give_back(trace: TraceInstance) -> None:
+    try:
+        trace.pause()
+    except OSError:
+        trace.close()
+    else:
+        _idle.append(trace)
+
+
+@atexit.register
+def _close_idle() -> None:
+    while _idle:
+        _idle.pop().close()
 
 
 class KvmFaultCounter:
@@ -137,7 +182,8 @@ class KvmFaultCounter:
     def __enter__(self) -> FaultCounts:
         self._threads.clear()
         self._counts = FaultCounts()
-        self._trace = TraceInstance(self._events)
+        self._trace = _take(self._events)
+        self._trace.start()
         return self._counts
 
     def __exit__(
@@ -153,4 +199,4 @@ class KvmFaultCounter:
                     if thread in self._threads:
                         add(self._counts, ipa, esr, self._is_memory)
         finally:
-            self._trace.close()
+            _give_back(self._trace)
