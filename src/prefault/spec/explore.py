@@ -37,8 +37,8 @@ _LOCAL = (FaultDesc, VmaInfo, Slot, S2Translation, S2WalkFault)
 """Objects that belong to one actor, or never change."""
 _END = 0
 """Stands for the state in which all actors have ended, and for the one before all others."""
-_PATIENCE = 1000
-"""Steps after which an actor that nobody else can stop or help is taken to go on for ever."""
+_PATIENCE = 32
+"""Steps after which an actor that is alone is looked at: it must not come back to where it was."""
 
 
 class World(Protocol):
@@ -287,18 +287,21 @@ class Explorer:
             self._found(str(violation), bytes(made))
 
     def _drive(self, run: _Run, made: bytearray, switches: int, before: int) -> None:
-        alone = 0
+        alone: list[int] = []
         while enabled := run.enabled():
             number = enabled[0]
             if len(enabled) > 1:
-                alone, state = 0, run.state()
+                alone.clear()
+                state = run.state()
                 self._before[state].add(before)
                 if state in self._first:
                     return
                 before = state
                 number = self._branch(state, enabled, made, switches)
-            elif (alone := alone + 1) > _PATIENCE:
-                raise Violation(f"no progress: {run.actors[number].name} is alone and goes on for ever")
+            else:
+                alone.append(run.state() if len(alone) > _PATIENCE else -len(alone))
+                if alone[-1] in alone[:-1]:
+                    raise Violation(f"no progress: {run.actors[number].name} is alone and goes on for ever")
             made.append(number)
             run.advance(number)
             self._result.steps += 1

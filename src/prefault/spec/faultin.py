@@ -25,7 +25,7 @@ def kvm_faultin_pfn(kvm: KvmState, slot: Slot, ipa: int, *, write: bool, interru
     """
     if write and slot.flags & KVM_MEM_READONLY:
         return -errno.EFAULT
-    read_only = bool(slot.flags & KVM_MEM_READONLY)
+    read_only = bool(slot.flags & KVM_MEM_READONLY) and not kvm.host.faults.readonly_ignored
     return hva_to_pfn(
         kvm.host.mm, slot.hva_of(ipa), write=write, read_only=read_only, interruptible=interruptible
     )

@@ -164,6 +164,9 @@ def kvm_s2_fault_pin_pfn(s2fd: FaultDesc) -> VmaInfo | int:
         return -errno.EFAULT
     s2vi.pfn, s2vi.map_writable, s2vi.pinned = found
     s2vi.device = not s2vi.pinned
+    if s2fd.kvm.host.faults.sequence_after_pin:
+        step("seq.sample")
+        s2vi.mmu_seq = s2fd.kvm.mmu_invalidate_seq.sample()
     return s2vi
 
 
@@ -227,7 +230,7 @@ def kvm_s2_fault_maps_writable(s2fd: FaultDesc, s2vi: VmaInfo) -> bool:
     if not s2vi.map_writable:
         return False
     if s2fd.prefault:
-        return not s2fd.slot.flags & KVM_MEM_LOG_DIRTY_PAGES
+        return not s2fd.slot.flags & KVM_MEM_LOG_DIRTY_PAGES or s2fd.kvm.host.faults.log_ignored
     return s2vi.device or not memslot_is_logging(s2fd.slot) or s2fd.write
 
 
@@ -245,18 +248,22 @@ def kvm_s2_fault_compute_prot(s2fd: FaultDesc, s2vi: VmaInfo) -> int:
 
 def kvm_s2_fault_map(s2fd: FaultDesc, s2vi: VmaInfo, prot: int) -> int:
     """Mirrors: kvm_s2_fault_map()"""
-    kvm = s2fd.kvm
+    kvm, faults = s2fd.kvm, s2fd.kvm.host.faults
     size = s2vi.size
     kvm.mmu_lock.read_lock()
     ret = -errno.EAGAIN
     if not kvm.invalidate_retry(s2vi.mmu_seq):
+        if faults.lock_dropped:
+            kvm.mmu_lock.read_unlock()
+            kvm.mmu_lock.read_lock()
         size = _mapping_size(s2fd, s2vi)
         ret = _install(s2fd, s2vi, size, prot) if size > 0 else size
-    faultin.kvm_release_faultin_page(kvm.host.mm, s2vi.pfn, pinned=s2vi.pinned)
+    if not (ret and faults.page_leaked):
+        faultin.kvm_release_faultin_page(kvm.host.mm, s2vi.pfn, pinned=s2vi.pinned)
     kvm.mmu_lock.read_unlock()
     if ret:
         return ret if ret != -errno.EAGAIN else 0
-    if prot & Prot.W:
+    if prot & Prot.W or (s2fd.prefault and faults.dirty_marked):
         ipa = get_canonical_ipa(s2fd, s2vi) & -size
         mark_page_dirty_in_slot(s2fd.slot, (ipa - s2fd.slot.base) // kvm.page_size)
     return size

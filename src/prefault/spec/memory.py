@@ -113,3 +113,8 @@ class PhysicalMemory:
             frame = self.frames.get(source + offset)
             if frame is not None:
                 self.frames[target + offset] = bytearray(frame)
+
+    def identical(self, one: int, other: int) -> bool:
+        """Whether two frames have the same bytes."""
+        nothing = bytes(self.page_size)
+        return self.frames.get(one, nothing) == self.frames.get(other, nothing)

@@ -116,10 +116,11 @@ def kvm_replace_memslot(kvm: KvmState, old: Slot | None, new: Slot | None) -> No
     Mirrors: kvm_replace_memslot(), kvm_swap_active_memslots()
     """
     step("slots.publish")
-    wait("slots.no_invalidation", lambda: not kvm.mn_active_invalidate_count)
+    if not kvm.host.faults.slots_during_invalidation:
+        wait("slots.no_invalidation", lambda: not kvm.mn_active_invalidate_count)
     slots = [slot for slot in kvm.slots if slot is not old]
     kvm.slots = tuple([*slots, new] if new else slots)
-    if not kvm.host.faults.no_srcu:
+    if not kvm.host.faults.no_srcu_wait:
         kvm.srcu.synchronize()
 
 
@@ -149,7 +150,7 @@ def kvm_arch_prepare_memory_region(kvm: KvmState, new: Slot | None) -> int:
 
 def kvm_arch_commit_memory_region(kvm: KvmState, new: Slot | None) -> None:
     """Mirrors: kvm_arch_commit_memory_region(). Eager splitting is off, as it is by default."""
-    if new is None or not new.flags & KVM_MEM_LOG_DIRTY_PAGES:
+    if new is None or not new.flags & KVM_MEM_LOG_DIRTY_PAGES or kvm.host.faults.log_without_protecting:
         return
     kvm.mmu_lock.write_lock()
     unmap.kvm_stage2_wp_range(kvm, kvm.mmu, new.base, new.size)

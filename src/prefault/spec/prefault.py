@@ -59,7 +59,9 @@ def kvm_arch_vcpu_pre_fault_memory(kvm: KvmState, gpa: int, size: int) -> int:
         if kvm.host.signal_pending:
             return -errno.EINTR
         resched.cond_resched()
-    return mapped if mapped < 0 else min(mapped - (gpa & mapped - 1), size)
+    if mapped < 0 or kvm.host.faults.past_range:
+        return mapped
+    return min(mapped - (gpa & mapped - 1), size)
 
 
 def kvm_pre_fault_ipa(kvm: KvmState, ipa: int) -> int:
@@ -67,12 +69,14 @@ def kvm_pre_fault_ipa(kvm: KvmState, ipa: int) -> int:
     slot = kvm.slot_at(ipa)
     if slot is None:
         return -errno.ENOENT
-    if slot.flags & INVALID:
-        return -errno.EAGAIN
+    faults = kvm.host.faults
+    if slot.flags & INVALID and not faults.invalid_slot_used:
+        return 0 if faults.wait_under_srcu else -errno.EAGAIN
     size, level = kvm_pre_fault_find_leaf(kvm, ipa)
-    if size:
+    if size and not faults.mapped_again:
         return size
-    s2fd = FaultDesc(kvm, kvm.mmu, ipa, slot, slot.hva_of(ipa), level, prefault=True)
+    mmu = kvm.nested_mmus[0] if faults.wrong_mmu and kvm.nested_mmus else kvm.mmu
+    s2fd = FaultDesc(kvm, mmu, ipa, slot, slot.hva_of(ipa), level, write=faults.write_fault, prefault=True)
     return gmem_abort(s2fd) if slot.gmem else user_mem_abort(s2fd)
 
 

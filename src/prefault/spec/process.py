@@ -176,21 +176,52 @@ class Process(Mm):
             self.munmap(vma.start, vma.end)
 
     def ksm_merge(self, addresses: list[int]) -> None:
-        """KSM finds that the private pages at these addresses are the same.
+        """KSM looks at the private pages at these addresses, and keeps one of those that are the same.
 
-        Mirrors: try_to_merge_one_page()
+        Mirrors: cmp_and_merge_page()
         """
-        entries = self.ptes[self.page_shift]
-        merged = self.memory.allocate()
-        self.memory.copy(entries[addresses[0] >> self.page_shift] >> PFN_SHIFT, merged)
+        seen: dict[bytes, int] = {}
         for hva in addresses:
-            with self._invalidation(hva, hva + self.page_size):
-                old = entries[hva >> self.page_shift] >> PFN_SHIFT
-                self._put(hva, old, self.page_shift)
-                entries[hva >> self.page_shift] = merged << PFN_SHIFT
-                self.mapcount[merged] += 1
-        # KSM's own tree holds it, too: even the last user copies on write.
-        self.mapcount[merged] += 1
+            entry = self.ptes[self.page_shift].get(hva >> self.page_shift)
+            pfn = self.memory.zero_pfn if entry is None else entry >> PFN_SHIFT
+            if pfn == self.memory.zero_pfn:
+                continue
+            same = seen.setdefault(self.memory.read(pfn << self.page_shift, self.page_size), hva)
+            if same != hva:
+                self._merge_two_pages(same, hva)
+
+    def _merge_two_pages(self, one: int, other: int) -> None:
+        """Mirrors: try_to_merge_two_pages()"""
+        stable, pfn = self._write_protect_page(one), self._write_protect_page(other)
+        if stable is None or pfn is None or stable == pfn:
+            return
+        if self.mapcount[stable] < 2:
+            # KSM's own tree holds it, too: even the last user copies on write.
+            self.mapcount[stable] = 2
+        self._replace_page(other, pfn, stable)
+
+    def _write_protect_page(self, hva: int) -> int | None:
+        """The frame of a page that nobody writes to from now on; None if it is gone, or pinned.
+
+        Mirrors: write_protect_page()
+        """
+        entries, number = self.ptes[self.page_shift], hva >> self.page_shift
+        with self._invalidation(hva, hva + self.page_size):
+            entry = entries.get(number)
+            if entry is None or entry >> PFN_SHIFT in self.pins:
+                return None
+            entries[number] &= ~WRITABLE
+        return entry >> PFN_SHIFT
+
+    def _replace_page(self, hva: int, pfn: int, stable: int) -> None:
+        """Mirrors: pages_identical(), replace_page()"""
+        entries, number = self.ptes[self.page_shift], hva >> self.page_shift
+        with self._invalidation(hva, hva + self.page_size):
+            if entries.get(number) != pfn << PFN_SHIFT or not self.memory.identical(pfn, stable):
+                return
+            self._put(hva, pfn, self.page_shift)
+            entries[number] = stable << PFN_SHIFT
+            self.mapcount[stable] += 1
 
     def age(self, hva: int, size: int) -> None:
         """Forget that pages were used: the zero page and hugetlb are not tracked.

@@ -30,6 +30,8 @@ def kvm_stage2_wp_range(kvm: KvmState, mmu: S2Mmu, ipa: int, size: int) -> None:
 
 def kvm_nested_s2_unmap(kvm: KvmState) -> None:
     """Mirrors: kvm_nested_s2_unmap()"""
+    if kvm.host.faults.shadow_kept:
+        return
     for mmu in kvm.nested_mmus:
         if mmu.tlb_vttbr is not None:
             kvm_stage2_unmap_range(kvm, mmu, 0, 1 << mmu.pgt.ia_bits)
@@ -78,7 +80,8 @@ class KvmNotifier:
         kvm = self._kvm
         if any(True for _ in self._ranges(start, end)):
             kvm.mmu_lock.write_lock()
-            kvm.mmu_invalidate_seq.value += 1
+            if not kvm.host.faults.no_sequence_bump:
+                kvm.mmu_invalidate_seq.value += 1
             kvm.mmu_invalidate_in_progress -= 1
             kvm.mmu_lock.write_unlock()
         mark("notifier.end")
