@@ -59,6 +59,8 @@ class Advice(enum.Enum):
 
     DONTNEED = "dontneed"
     """Forget the pages; private memory reads as zeroes afterwards."""
+    REMOVE = "remove"
+    """Punch a hole into the file behind shared memory, which reads as zeroes afterwards."""
     POPULATE_READ = "populate-read"
     POPULATE_WRITE = "populate-write"
     COLLAPSE = "collapse"

@@ -34,6 +34,7 @@ _REQUEST = struct.Struct("QQ")
 class Child:
     """A child of this process that has its memory as it was at the fork, until it is closed.
 
+    :ivar pid: of the child
     :param hva_of: from a gpa to the address
     """
 
@@ -41,21 +42,21 @@ class Child:
         self._hva_of = hva_of
         asked, self._ask = os.pipe()
         self._answer, answered = os.pipe()
-        self._pid = os.fork()
-        if not self._pid:
+        self.pid = os.fork()
+        if not self.pid:
             _serve(asked, answered, (self._ask, self._answer))
         os.close(asked)
         os.close(answered)
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """Guest memory as the child sees it."""
-        os.write(self._ask, _REQUEST.pack(self._hva_of(gpa), size))
         found = b""
-        while len(found) < size:
-            piece = os.read(self._answer, size - len(found))
-            if not piece:
-                raise PrefaultError(f"the forked child died when it read {size} bytes at gpa {gpa:#x}")
-            found += piece
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._ask, _REQUEST.pack(self._hva_of(gpa), size))
+            while piece := os.read(self._answer, size - len(found)):
+                found += piece
+        if len(found) < size:
+            raise PrefaultError(f"the forked child is gone and cannot read {size} bytes at gpa {gpa:#x}")
         return found
 
     def close(self) -> None:
@@ -65,7 +66,7 @@ class Child:
         os.close(self._ask)
         os.close(self._answer)
         self._ask = -1
-        os.waitpid(self._pid, 0)
+        os.waitpid(self.pid, 0)
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,7 @@ import os
 from prefault.errors import CapabilityMissing, PrefaultError
 
 MADV_DONTNEED = 4
+MADV_REMOVE = 9
 MADV_MERGEABLE = 12
 MADV_HUGEPAGE = 14
 MADV_NOHUGEPAGE = 15

@@ -25,6 +25,7 @@ _CHUNK = 1 << 20
 
 _ADVICE = {
     Advice.DONTNEED: mapping.MADV_DONTNEED,
+    Advice.REMOVE: mapping.MADV_REMOVE,
     Advice.POPULATE_READ: mapping.MADV_POPULATE_READ,
     Advice.POPULATE_WRITE: mapping.MADV_POPULATE_WRITE,
     Advice.COLLAPSE: mapping.MADV_COLLAPSE,

@@ -183,6 +183,25 @@ def no_stale_leaf_after_the_host_took_the_page(stage: Stage) -> None:
     stage.holds(stage.finish(vcpu) == [0], "the guest saw a page that the host has dropped")
 
 
+@scenarios("M12", "M10", cases=[(Backing.SHARED,), (Backing.FILE_SHARED,), (Backing.GUEST_MEMFD,)])
+def a_hole_punched_into_memory_is_filled_again(stage: Stage, backing: Backing) -> None:
+    vm = stage.vm(stage.data(PAGES, backing))
+    hole = DATA + 3 * stage.page
+    vm.write_memory(hole, b"\x99" * 8)
+    vcpu = stage.vcpu(vm, Marker(0), Read(hole), Report())
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    vm.advise(hole, 2 * stage.page, Advice.REMOVE)
+    left = sum(leaf.size for leaf in stage.leaves(vm))
+    stage.holds(left == (PAGES - 2) * stage.page, "pages that are gone have leaves, or others have none")
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.leaves(vm)
+    with vm.count_faults() as counts:
+        values = stage.finish(vcpu)
+    stage.holds(values == [0], f"the guest read {values} from a page that is gone")
+    stage.holds(counts.total == 0, f"{counts.total} stage-2 faults on memory that is mapped")
+
+
 @scenario("M12")
 def a_new_slot_shows_its_own_memory(stage: Stage) -> None:
     vm = stage.vm(stage.data(PAGES))

@@ -52,6 +52,8 @@ def advise(host: Host, hva: int, size: int, advice: Advice) -> None:
     match advice:
         case Advice.DONTNEED:
             error = mm.dontneed(hva, end)
+        case Advice.REMOVE:
+            error = mm.remove(hva, end)
         case Advice.POPULATE_READ | Advice.POPULATE_WRITE:
             error = mm.populate(hva, end, write=advice is Advice.POPULATE_WRITE)
         case Advice.COLLAPSE:

@@ -63,6 +63,27 @@ class Process(Mm):
             self._zap(start, end)
         return 0
 
+    def remove(self, start: int, end: int) -> int:
+        """MADV_REMOVE: punch a hole into the file of a shared mapping; 0 or a negative errno.
+
+        Mirrors: madvise_remove(), shmem_fallocate(), hugetlbfs_punch_hole()
+        """
+        for vma in self.vmas_in(start, end):
+            if not vma.shared or not vma.file:
+                return -errno.EACCES if vma.file else -errno.EINVAL
+            shift = vma.file.shift
+            first = -(-max(start, vma.start) >> shift) << shift
+            last = min(end, vma.end) >> shift << shift
+            if first >= last:
+                continue  # Parts of huge pages are zeroed by the kernel, which nobody here asks for.
+            with self._invalidation(first, last):
+                self._zap(first, last)
+            for index in range(self.index(vma, first), self.index(vma, last - 1) + 1):
+                pfn = vma.file.pages.pop(index, None)
+                if pfn is not None:
+                    self.memory.free(pfn, 1 << shift - self.page_shift)
+        return 0
+
     def munmap(self, start: int, end: int) -> int:
         """munmap(2); 0 or a negative errno."""
         if self._cuts_huge_page(start, end):

@@ -27,7 +27,7 @@ from prefault.machine import (
     VcpuConfig,
     VmConfig,
 )
-from prefault.spec import backing, memslots, nested, ptdump
+from prefault.spec import backing, memslots, nested, ptdump, unmap
 from prefault.spec.cpu import EC_IABT, EC_SHIFT, WNR
 from prefault.spec.descriptors import AF, LAST_LEVEL, S2AP_R, S2AP_W, TABLE, XN, Prot, executable
 from prefault.spec.mm import Vma
@@ -176,6 +176,11 @@ class SpecVm:
     def advise(self, gpa: int, size: int, advice: Advice) -> None:
         """madvise(2) on the host's mapping of ``[gpa, gpa+size)``, which lies in one memslot."""
         with LOCK:
+            slot = self.kvm.slot_at(gpa)
+            if advice is Advice.REMOVE and slot and slot.gmem:
+                page_size = self.kvm.page_size
+                first = (gpa - slot.base) // page_size
+                unmap.kvm_gmem_punch_hole(self.kvm, first, size // page_size, slot.gmem)
             backing.advise(self._host, self.hva_of(gpa, size), size, advice)
 
     def protect(self, gpa: int, size: int, access: Access) -> None:
