@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,16 +17,16 @@ from rich.table import Table
 from prefault.cli import output
 from prefault.cli.progress import drawn
 from prefault.cli.values import KernelImage, Size
-from prefault.conform import in_lab, on_spec
-from prefault.conform.compare import BAD, Comparison, Verdict, compare_all
-from prefault.conform.in_lab import LabPlays
+from prefault.conform import in_lab
+from prefault.conform.compare import BAD, Comparison, Verdict
+from prefault.conform.session import SHRINKABLE, Session
+from prefault.conform.strategies import generate
 from prefault.conform.suite import Suite, choose
 from prefault.errors import CapabilityMissing, ExitCode, UsageError
 from prefault.lab.machine import MODES, MachineOptions
-from prefault.lab.progress import Progress
 from prefault.report import conform as report
 from prefault.scenarios import SCENARIOS
-from prefault.scenarios.program import from_json
+from prefault.scenarios.program import VmmProgram, from_json, to_json
 
 EPILOG = """\b
 Examples:
@@ -35,6 +34,8 @@ Examples:
   prefault conform 'nested_*' --requirement M3      some of them
   prefault conform --kernel arch/arm64/boot/Image   judge another kernel
   prefault conform --mode nvhe                      KVM in another mode
+  prefault conform --random 40 --seed 1             random programs; one that differs is made small
+  prefault conform --program program-1-7.json       one of these again
   prefault conform --list                           names and requirements
 
 \b
@@ -47,6 +48,10 @@ class _Options(TypedDict):
     requirement: tuple[str, ...]
     list_only: bool
     program: Path | None
+    random: int
+    seed: int
+    steps: int
+    output_folder: Path
     mode: str
     kernel: Path | None
     memory: int
@@ -60,6 +65,25 @@ class _Options(TypedDict):
     "--program",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Play a program from a file in place of scenarios.",
+)
+@click.option(
+    "--random",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Play N random programs in place of scenarios.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which programs.")
+@click.option(
+    "--steps", type=click.IntRange(1, 60), default=25, show_default=True, help="Actions of each of them."
+)
+@click.option(
+    "--output",
+    "output_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="conform-output",
+    show_default=True,
+    help="Where programs that differ go.",
 )
 @click.option(
     "--mode", type=click.Choice(MODES), default="nested", show_default=True, help="KVM's mode in the lab."
@@ -89,10 +113,10 @@ def conform(**options: Unpack[_Options]) -> None:
     if options["list_only"]:
         _list(choose(options["names"], options["requirement"]))
         return
-    suite = _suite(options)
-    run = _Run(options, suite)
     with drawn() as progress:
-        run.play(progress)
+        session = Session(machine_options(options), options["kernel"], options["limit"], progress)
+        run = _Run(options, session)
+        run.play()
     _print(run)
     click.get_current_context().exit(run.exit_code())
 
@@ -108,45 +132,61 @@ def _list(names: Sequence[str]) -> None:
     output.stdout().print(table)
 
 
-def _suite(options: _Options) -> Suite:
-    """What the options ask for.
-
-    :raises UsageError: they contradict each other
-    """
-    file = options["program"]
-    if file is None:
-        return Suite(choose(options["names"], options["requirement"]))
-    if options["names"] or options["requirement"]:
-        raise UsageError("--program plays one program: leave NAMES and --requirement out")
-    try:
-        return Suite(programs={file.stem: from_json(json.loads(file.read_text()))})
-    except ValueError as error:
-        raise UsageError(f"{file} is not JSON: {error}") from error
-
-
 @dataclass
 class _Run:
-    """A suite on both sides."""
+    """What the options ask for, played.
+
+    :ivar programs: those that are not listed, by name
+    :ivar files: where those that differ are kept
+    """
 
     options: _Options
-    suite: Suite
-    lab: LabPlays = field(default_factory=LabPlays)
+    session: Session
     comparisons: list[Comparison] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    programs: dict[str, VmmProgram] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
 
-    def play(self, progress: Progress) -> None:
-        """Play the suite on the kernel, then on a specification of the same host, and compare."""
-        options, names = self.options, self.suite.order()
-        start = time.monotonic()
-        progress.stage("the kernel in the lab", len(names))
-        self.lab = in_lab.play(
-            self.suite, machine_options(options), options["kernel"], options["limit"], progress.step
-        )
-        middle = time.monotonic()
-        progress.stage("the specification", len(names))
-        spec = on_spec.play(self.suite, on_spec.host_config(self.lab.facts), progress.step)
-        self.seconds = {"kernel": middle - start, "specification": time.monotonic() - middle}
-        self.comparisons = compare_all(spec, self.lab.plays)
+    def play(self) -> None:
+        """Play listed scenarios, a program from a file, or random programs.
+
+        :raises UsageError: the options contradict each other
+        """
+        options, file = self.options, self.options["program"]
+        listed = bool(options["names"] or options["requirement"])
+        if sum((listed, file is not None, bool(options["random"]))) > 1:
+            raise UsageError("scenarios, --program or --random: choose one of them")
+        if file:
+            self.programs[file.stem] = _read(file)
+            self.files[file.stem] = file
+            self.comparisons = self.session.compare(Suite(programs=self.programs))
+        elif options["random"]:
+            self._search()
+        else:
+            suite = Suite(choose(options["names"], options["requirement"]))
+            self.comparisons = self.session.compare(suite)
+
+    def _search(self) -> None:
+        """Play random programs, and make those that differ as small as they go."""
+        options = self.options
+        nested = options["mode"] == "nested"
+        drawn_programs = generate(options["random"], options["seed"], options["steps"], nested=nested)
+        self.programs = {f"{options['seed']}-{index}": one for index, one in enumerate(drawn_programs)}
+        for comparisons in self.session.search(self.programs):
+            self.comparisons += comparisons
+        for index, one in enumerate(self.comparisons):
+            if one.verdict in BAD:
+                self.comparisons[index] = self._minimal(one)
+
+    def _minimal(self, one: Comparison) -> Comparison:
+        program = self.programs[one.name]
+        if one.verdict in SHRINKABLE:
+            program, one = self.session.minimal(program, one)
+        self.programs[one.name] = program
+        file = self.options["output_folder"] / f"program-{one.name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(to_json(program), indent=1) + "\n")
+        self.files[one.name] = file
+        return one
 
     @property
     def bad(self) -> list[Comparison]:
@@ -156,7 +196,7 @@ class _Run:
     @property
     def capability(self) -> bool:
         """Whether the kernel claims to pre-fault."""
-        return bool(self.lab.facts.get("pre_fault_memory"))
+        return bool(self.session.facts.get("pre_fault_memory"))
 
     def _unserved(self, one: Comparison) -> bool:
         """Whether it differs only in that the kernel neither claims to pre-fault nor does it."""
@@ -178,6 +218,26 @@ class _Run:
             raise CapabilityMissing("every scenario was skipped: nothing was compared")
         return ExitCode.DONE
 
+    def again(self, name: str) -> str:
+        """The command that plays just one scenario or program in the same way."""
+        options, file = self.options, self.files.get(name)
+        words = ["prefault", "conform", *(["--program", str(file)] if file else [name])]
+        words += ["--mode", options["mode"]] if options["mode"] != "nested" else []
+        words += ["--kernel", str(options["kernel"])] if options["kernel"] else []
+        words += ["--memory", f"{options['memory'] >> 20}M"] if options["memory"] != 3 << 30 else []
+        return shlex.join(words)
+
+
+def _read(file: Path) -> VmmProgram:
+    """A program out of a file.
+
+    :raises UsageError: there is none in it
+    """
+    try:
+        return from_json(json.loads(file.read_text()))
+    except ValueError as error:
+        raise UsageError(f"{file} is not JSON: {error}") from error
+
 
 def _pre_faults(one: Comparison) -> bool:
     """Whether the kernel pre-faulted anything in a scenario."""
@@ -187,44 +247,38 @@ def _pre_faults(one: Comparison) -> bool:
 
 def machine_options(options: _Options) -> MachineOptions:
     """The lab's machine that the options ask for."""
-    return MachineOptions(memory_mib=options["memory"] >> 20, mode=options["mode"], append=in_lab.HUGE_PAGES)
-
-
-def again(name: str, options: _Options, program: Path | None = None) -> str:
-    """The command that plays just one scenario or program in the same way."""
-    words = ["prefault", "conform"]
-    words += ["--program", str(program)] if program else [name]
-    words += ["--mode", options["mode"]] if options["mode"] != "nested" else []
-    words += ["--kernel", str(options["kernel"])] if options["kernel"] else []
-    words += ["--memory", f"{options['memory'] >> 20}M"] if options["memory"] != 3 << 30 else []
-    return shlex.join(words)
+    return MachineOptions(
+        memory_mib=options["memory"] >> 20,
+        mode=options["mode"],
+        append=(*in_lab.HUGE_PAGES,),
+    )
 
 
 def _print(run: _Run) -> None:
     if output.wants_json():
         output.emit("conform", _json(run))
         return
-    console = output.stdout()
+    console, session = output.stdout(), run.session
     for one in run.bad:
-        program = run.suite.programs.get(one.name)
-        lines = report.details(one, again(one.name, run.options, run.options["program"]), program)
+        lines = report.details(one, run.again(one.name), run.programs.get(one.name))
         console.print("\n".join(lines), markup=False, soft_wrap=True)
         console.print()
     console.print(report.summary(run.comparisons))
     for line in report.skips(run.comparisons):
         console.print(line, markup=False, soft_wrap=True)
-    console.print(report.sentence(run.comparisons, run.seconds, run.lab.boots), soft_wrap=True)
+    console.print(report.sentence(run.comparisons, session.seconds, session.boots), soft_wrap=True)
 
 
 def _json(run: _Run) -> dict[str, object]:
     counts = Counter(one.verdict.value for one in run.comparisons)
+    session = run.session
     return {
         "mode": run.options["mode"],
         "kernel": run.options["kernel"],
-        "facts": run.lab.facts,
-        "boots": run.lab.boots,
-        "run_dirs": run.lab.folders,
-        "seconds": {side: round(spent, 3) for side, spent in run.seconds.items()},
+        "facts": session.facts,
+        "boots": session.boots,
+        "run_dirs": session.folders,
+        "seconds": {side: round(spent, 3) for side, spent in session.seconds.items()},
         "counts": {verdict.value: counts[verdict.value] for verdict in Verdict},
         "scenarios": [_comparison_json(one, run) for one in run.comparisons],
     }
@@ -242,6 +296,7 @@ def _comparison_json(one: Comparison, run: _Run) -> dict[str, object]:
     if one.verdict is not Verdict.EQUAL:
         facts["spec"] = {"outcome": one.spec.outcome, "text": one.spec.text}
         facts["kernel"] = {"outcome": one.kernel.outcome, "text": one.kernel.text}
-        facts |= {"difference": one.difference, "splats": one.splats}
-        facts["again"] = again(one.name, run.options, run.options["program"])
+        facts |= {"difference": one.difference, "splats": one.splats, "again": run.again(one.name)}
+    if one.verdict in BAD and one.name in run.programs:
+        facts["program"] = to_json(run.programs[one.name])
     return facts
