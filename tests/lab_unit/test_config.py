@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefault.lab import build, config
+from prefault.lab.variants import VARIANTS
 
 options = st.dictionaries(
     st.text("ABC_1", min_size=1).map("CONFIG_".__add__), st.sampled_from(["y", "n", "8", '"text"'])
@@ -33,6 +34,23 @@ def test_exactly_what_came_out_otherwise_is_refused(wanted: dict[str, str], got:
 def test_a_line_that_is_no_option_is_refused_with_its_number() -> None:
     with pytest.raises(ValueError, match="line 2"):
         config.parse("CONFIG_A=y\nCONFIG_B")
+
+
+@given(options, options)
+def test_later_fragments_win_and_the_rest_stays(base: dict[str, str], other: dict[str, str]) -> None:
+    together = config.merged(text(base), text(other))
+    assert config.parse(together) == {**base, **other}
+    assert not config.refused(text(other), together)
+
+
+def test_one_fragment_alone_is_taken_word_for_word() -> None:
+    only = "# A reason.\nCONFIG_A=y\n"
+    assert config.merged(only) == only
+
+
+def test_every_variant_has_its_fragment_and_every_fragment_its_variant() -> None:
+    names = {path.stem for path in (build.KERNEL_FOLDER / "config").glob("*.config")}
+    assert names == {"lab", *VARIANTS}
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ import sys
 import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypedDict, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import click
 from rich.table import Table
 
 from prefault.cli import output
+from prefault.cli.kernels import KernelOptions, arguments_of, image_of, kernel_options
 from prefault.cli.progress import drawn
 from prefault.cli.values import Size
 from prefault.errors import ExitCode, ToolMissing, UsageError
@@ -26,6 +27,7 @@ from prefault.lab import machine, payload, rootfs, runs, tools
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, JobFile, JobResult, JobSplat, command_line, run_job
 from prefault.lab.machine import MODES, MachineOptions
+from prefault.lab.variants import VARIANTS
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
@@ -44,7 +46,7 @@ def lab() -> None:
     """
 
 
-class _MachineChoices(TypedDict):
+class _MachineChoices(KernelOptions):
     memory: int
     cpus: int
     mode: str
@@ -52,7 +54,6 @@ class _MachineChoices(TypedDict):
     lpa2: bool
     mte: bool
     append: tuple[str, ...]
-    kernel: Path | None
 
 
 def _machine_options(command: _Command) -> _Command:
@@ -67,11 +68,7 @@ def _machine_options(command: _Command) -> _Command:
         click.option("--lpa2", is_flag=True, help="52-bit addresses; closing nested VMs is slow then."),
         click.option("--mte", is_flag=True, help="Memory tagging."),
         click.option("--append", multiple=True, metavar="ARG", help="Extra kernel argument; repeatable."),
-        click.option(
-            "--kernel",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Boot this arm64 Image in place of the one that was built.",
-        ),
+        kernel_options,
     )
     for option in reversed(options):
         command = option(command)
@@ -86,7 +83,7 @@ def _chosen_machine(choices: _MachineChoices) -> MachineOptions:
         icount=choices["icount"],
         lpa2=choices["lpa2"],
         mte=choices["mte"],
-        append=choices["append"],
+        append=(*arguments_of(choices), *choices["append"]),
     )
 
 
@@ -118,25 +115,32 @@ def doctor() -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Build this kernel tree, which is copied and not changed, in place of Debian's source.",
 )
+@click.option(
+    "--variant",
+    type=click.Choice(list(VARIANTS)),
+    help="Build this variant in place of the ordinary kernel: "
+    + "; ".join(f"{name}: {variant.about}" for name, variant in VARIANTS.items())
+    + ".",
+)
 @click.option("--jobs", type=click.IntRange(min=1), help="Parallel compilers; one per CPU if not given.")
 @click.option("--dry-run", is_flag=True, help="Print the command lines and run none.")
 @output.json_option
-def build(yes: bool, source: Path | None, jobs: int | None, dry_run: bool) -> None:
+def build(yes: bool, source: Path | None, variant: str | None, jobs: int | None, dry_run: bool) -> None:
     """Build the lab's kernel and root file system; do nothing if they are there and right.
 
     Checks each patch of the series with checkpatch.pl --strict, and what it touches with W=1. The kernel
-    that was built last is the one that runs use.
+    that was built last is the one that runs use. Variants are built and kept beside it, without these checks.
     """
     lacking = tools.missing()
     if dry_run:
         plan = tools.plan(lacking).commands if lacking else ()
-        for command in (*plan, *lab_build.commands(source, jobs=jobs or 0)):
+        for command in (*plan, *lab_build.commands(source, variant=variant, jobs=jobs or 0)):
             click.echo(shlex.join(command))
         return
     if lacking:
         _install(lacking, yes)
     with drawn() as progress:
-        built = lab_build.build(source, jobs=jobs or 0, progress=progress)
+        built = lab_build.build(source, variant=variant, jobs=jobs or 0, progress=progress)
     if output.wants_json():
         output.emit("lab build", {"image": built.image, "folder": built.folder, "record": built.record})
     else:
@@ -215,12 +219,13 @@ def run(**choices: Unpack[_RunChoices]) -> None:
     """
     job = _chosen_job(choices)
     options = _chosen_machine(choices)
+    kernel = image_of(choices)
     if choices["dry_run"]:
-        click.echo(shlex.join(command_line(job, options, kernel=choices["kernel"])))
+        click.echo(shlex.join(command_line(job, options, kernel=kernel)))
         return
     as_json = output.wants_json()
     try:
-        result = run_job(job, options, kernel=choices["kernel"], on_output=None if as_json else _pass_on)
+        result = run_job(job, options, kernel=kernel, on_output=None if as_json else _pass_on)
     except JobSplat as error:
         _save(error.result, choices["output_folder"])
         raise
@@ -286,7 +291,7 @@ def shell(dry_run: bool, **choices: Unpack[_MachineChoices]) -> None:
     """Open a console in the lab; leave with `exit` or Ctrl-A x."""
     if not (dry_run or sys.stdin.isatty()):
         raise UsageError("the shell needs a terminal: use `prefault lab run` for scripts")
-    image = choices["kernel"] or lab_build.kernel_image()
+    image = image_of(choices) or lab_build.kernel_image()
     folder = runs.dry() if dry_run else runs.new()
     initrd = folder / "initrd.cpio"
     initrd.write_bytes(rootfs.base().read_bytes() + payload.shell_archive())
@@ -351,14 +356,15 @@ def selftest(names: tuple[str, ...], timeout: float, **choices: Unpack[_MachineC
 
     Exit status 0 if none failed, 1 if one did, 77 if all were skipped.
     """
-    built = lab_build.current()
+    built = lab_build.current(choices["variant"])
+    kernel = image_of(choices)
     verdicts = {}
     for name in names or built.record.selftests:
         inside = f"/root/{name}"
         program = JobFile(built.selftest(name).read_bytes(), 0o755)
         job = Job((inside,), {inside: program}, timeout=timeout)
         echo = None if output.wants_json() else _pass_on_as_remark
-        status = run_job(job, _chosen_machine(choices), kernel=choices["kernel"], on_output=echo).status
+        status = run_job(job, _chosen_machine(choices), kernel=kernel, on_output=echo).status
         verdicts[name] = {0: "pass", SKIPPED: "skip"}.get(status, f"fail ({_status(status)})")
         if not output.wants_json():
             click.echo(f"{name}: {verdicts[name]}")

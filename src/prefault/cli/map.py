@@ -18,6 +18,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from prefault.cli import output
+from prefault.cli.kernels import arguments_of, image_of
 from prefault.cli.walks import (
     WalkOptions,
     given,
@@ -58,7 +59,7 @@ Exit codes: 0 done, 2 usage or a file that is no dump, 3 operating error,
 
 VM_OPTIONS = (
     *("size", "backing", "resident", "vcpus", "nested", "writes", "prefault", "when", "machine"),
-    *("memory", "mode", "timeout", "kernel", "dry_run"),
+    *("memory", "mode", "timeout", "kernel", "variant", "dry_run"),
 )
 """Options about a VM that the command makes itself."""
 
@@ -167,12 +168,18 @@ def _here(config: WalkConfig, options: _Options) -> TablesResult:
 def _in_lab(config: WalkConfig, options: _Options) -> TablesResult | None:
     arguments = ("--json", json.dumps(config.to_json()))
     job = Job(("python3", "-m", "prefault.scenarios.tables", *arguments), timeout=options["timeout"])
-    machine = MachineOptions(memory_mib=options["memory"] >> 20, cpus=options["vcpus"], mode=options["mode"])
+    machine = MachineOptions(
+        memory_mib=options["memory"] >> 20,
+        cpus=options["vcpus"],
+        mode=options["mode"],
+        append=arguments_of(options),
+    )
+    kernel = image_of(options)
     if options["dry_run"]:
-        print_command(command_line(job, machine, kernel=options["kernel"]))
+        print_command(command_line(job, machine, kernel=kernel))
         return None
     with output.stderr().status("the guest walks its memory in the lab"):
-        done = run_job(job, machine, kernel=options["kernel"])
+        done = run_job(job, machine, kernel=kernel)
     return TablesResult.from_json(printed_by(done))
 
 

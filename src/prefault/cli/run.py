@@ -12,6 +12,7 @@ from typing import Unpack
 import click
 
 from prefault.cli import output
+from prefault.cli.kernels import arguments_of, image_of
 from prefault.cli.walks import (
     WalkOptions,
     print_command,
@@ -144,13 +145,15 @@ def _in_lab(config: WalkConfig, options: _Options) -> _Outcome | None:
         cpus=options["vcpus"],
         mode=options["mode"],
         icount=options["icount"],
+        append=arguments_of(options),
     )
+    kernel = image_of(options)
     if options["dry_run"]:
-        print_command(command_line(job, machine, kernel=options["kernel"]))
+        print_command(command_line(job, machine, kernel=kernel))
         return None
     watch = StopWatch()
     with output.stderr().status("the guest walks its memory in the lab"):
-        done = run_job(job, machine, kernel=options["kernel"], on_output=watch)
+        done = run_job(job, machine, kernel=kernel, on_output=watch)
     wall = watch.seconds()
     facts = {
         "icount": options["icount"],

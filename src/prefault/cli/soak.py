@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import click
 from rich.table import Table
 
 from prefault.cli import output
-from prefault.cli.values import KernelImage, Size
+from prefault.cli.kernels import KernelOptions, arguments_of, image_of, kernel_options
+from prefault.cli.values import Size
 from prefault.errors import ExitCode, JobTimeout, LabError, LabLost, Splat
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, JobResult, JobSplat, run_job
@@ -26,7 +27,7 @@ EPILOG = """\b
 Examples:
   prefault lab soak                        one minute, ordinary and nested guests in turn
   prefault lab soak --minutes 30 --seed 7  longer, with other chances
-  prefault lab soak --kernel build/Image   on a kernel of yours, with KASAN for instance
+  prefault lab soak --variant debug        with KASAN, lockdep and failing allocations
 
 \b
 Exit codes: 0 all held, 1 something did not or the kernel log has a splat, 2 usage, 77 no lab,
@@ -36,7 +37,7 @@ SLACK = 6
 """How much longer than its fighting a soak may take: setting up, checking, and a slow kernel."""
 
 
-class _Options(TypedDict):
+class _Options(KernelOptions):
     minutes: float
     seed: int
     nested: bool
@@ -44,7 +45,6 @@ class _Options(TypedDict):
     cpus: int
     memory: int
     mode: str
-    kernel: Path | None
 
 
 @dataclass
@@ -96,9 +96,7 @@ class _Rounds:
 @click.option("--cpus", type=click.IntRange(1, 8), default=4, show_default=True, help="CPUs of the lab.")
 @click.option("--memory", type=Size(), default="3G", show_default=True, help="Memory of the lab.")
 @click.option("--mode", type=click.Choice(MODES), default="nested", show_default=True, help="KVM's mode.")
-@click.option(
-    "--kernel", type=KernelImage(), help="Boot this arm64 Image in place of the one that was built."
-)
+@kernel_options
 @output.json_option
 def soak(**options: Unpack[_Options]) -> None:
     """Pre-fault while guests run and the host does everything that it may.
@@ -125,9 +123,9 @@ def soak(**options: Unpack[_Options]) -> None:
         memory_mib=options["memory"] >> 20,
         cpus=options["cpus"],
         mode=options["mode"],
-        append=("hugepages=8",),
+        append=("hugepages=8", *arguments_of(options)),
     )
-    splats, problem = _fight(job, machine, options["kernel"], rounds)
+    splats, problem = _fight(job, machine, image_of(options), rounds)
     _print(rounds, config, splats, problem)
     if splats or problem or list(rounds.wrong):
         click.get_current_context().exit(ExitCode.DOES_NOT_HOLD)

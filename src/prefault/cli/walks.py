@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TypeVar
 
 import click
 from click.core import ParameterSource
 
 from prefault.cli import output
-from prefault.cli.values import KernelImage, Percent, Size
+from prefault.cli.kernels import KernelOptions, kernel_options
+from prefault.cli.values import Percent, Size
 from prefault.errors import CapabilityMissing, ExitCode, LabError, Mismatch, PrefaultError, UsageError
 from prefault.lab.job import JobResult
 from prefault.lab.machine import MODES
@@ -30,7 +30,7 @@ GUEST_SHARE = 4
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
 
-class WalkOptions(TypedDict):
+class WalkOptions(KernelOptions):
     """What the options give."""
 
     size: int
@@ -45,7 +45,6 @@ class WalkOptions(TypedDict):
     memory: int
     mode: str
     timeout: float
-    kernel: Path | None
     dry_run: bool
 
 
@@ -113,11 +112,7 @@ def walk_options(size: str) -> Callable[[_Command], _Command]:
             show_default=True,
             help="Lab: seconds for the whole of it.",
         ),
-        click.option(
-            "--kernel",
-            type=KernelImage(),
-            help="Lab: boot this arm64 Image in place of the one that was built.",
-        ),
+        kernel_options,
         click.option("--dry-run", is_flag=True, help="Lab: print QEMU's command line and do nothing."),
     )
 
@@ -129,7 +124,7 @@ def walk_options(size: str) -> Callable[[_Command], _Command]:
     return add
 
 
-LAB_OPTIONS = ("memory", "mode", "icount", "timeout", "kernel", "dry_run")
+LAB_OPTIONS = ("memory", "mode", "icount", "timeout", "kernel", "variant", "dry_run")
 
 
 def given(names: Sequence[str]) -> list[str]:

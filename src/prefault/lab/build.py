@@ -19,7 +19,7 @@ from pathlib import Path
 
 import prefault
 from prefault.errors import LabError, ToolMissing, UsageError
-from prefault.lab import cache, checks, kbuild, rootfs, series, source, tools
+from prefault.lab import cache, checks, config, kbuild, rootfs, series, source, tools
 from prefault.lab.kbuild import Make
 from prefault.lab.progress import Progress, Silent
 from prefault.lab.series import Series
@@ -97,28 +97,39 @@ def _read_record(folder: Path) -> Record | None:
     return record if (folder / "Image").is_file() else None
 
 
-def current() -> BuiltKernel:
+def current(variant: str | None = None) -> BuiltKernel:
     """The kernel that was built last.
 
+    :param variant: one of VARIANTS; None is the ordinary kernel
     :raises ToolMissing: there is none
     """
     pointer = cache.root() / "kernel" / "current"
     if pointer.is_file():
-        folder = pointer.parent / pointer.read_text()
+        folder = _place(pointer.parent / pointer.read_text(), variant)
         record = _read_record(folder)
         if record is not None:
             return BuiltKernel(folder, record)
+    if variant:
+        raise ToolMissing(
+            f"the lab has no kernel {variant} yet: run `prefault lab build --variant {variant}`"
+        )
     raise ToolMissing("the lab has no kernel yet: run `prefault lab build`")
 
 
-def kernel_image() -> Path:
+def _place(folder: Path, variant: str | None) -> Path:
+    """Where a variant is built, within the folder of a source."""
+    return folder / "variants" / variant if variant else folder
+
+
+def kernel_image(variant: str | None = None) -> Path:
     """The Image to boot: $PREFAULT_LAB_KERNEL, for work on the kernel, or what was built last.
 
+    :param variant: one of VARIANTS, whatever the environment says
     :raises ToolMissing: nothing was built
     """
     override = os.environ.get("PREFAULT_LAB_KERNEL")
-    if not override:
-        return current().image
+    if variant or not override:
+        return current(variant).image
     if not Path(override).is_file():
         raise UsageError(f"PREFAULT_LAB_KERNEL={override}: no such file")
     return Path(override)
@@ -126,27 +137,35 @@ def kernel_image() -> Path:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what comes out, apart from the source and the compiler."""
+    """Everything that decides what comes out, apart from the source and the compiler.
 
-    fragment: Path
+    :ivar fragments: of the config; later ones win
+    """
+
+    fragments: tuple[Path, ...]
+    config: str
+    """The fragments as one, as they were when they were read."""
     series: Series
     selftests: tuple[str, ...]
 
 
-def recipe_for(version: str, kernel_folder: Path = KERNEL_FOLDER) -> Recipe:
+def recipe_for(version: str, kernel_folder: Path = KERNEL_FOLDER, variant: str | None = None) -> Recipe:
     """The series and config for a kernel version: its own folder, or the newest one there is.
 
     :raises UsageError: the folder kernel/ of the repository is not where it should be
     """
-    fragment = kernel_folder / "config/lab.config"
-    if not fragment.is_file():
-        raise UsageError(f"{fragment} is not there: run prefault from its repository (pip install -e .)")
+    names = ("lab", variant) if variant else ("lab",)
+    fragments = tuple(kernel_folder / f"config/{name}.config" for name in names)
+    for fragment in fragments:
+        if not fragment.is_file():
+            raise UsageError(f"{fragment} is not there: run prefault from its repository (pip install -e .)")
     own = kernel_folder / f"v{'.'.join(version.split('.')[:2])}"
     folder = own if own.is_dir() else max(kernel_folder.glob("v*"), key=_by_version)
     patches = series.read(folder)
-    names = folder / "selftests"
-    listed = tuple(names.read_text().split()) if names.exists() else ()
-    return Recipe(fragment, patches, listed if patches.patches else ())
+    selftests = folder / "selftests"
+    listed = tuple(selftests.read_text().split()) if selftests.exists() else ()
+    merged = config.merged(*(fragment.read_text() for fragment in fragments))
+    return Recipe(fragments, merged, patches, listed if patches.patches else ())
 
 
 def _by_version(folder: Path) -> tuple[int, ...]:
@@ -154,14 +173,21 @@ def _by_version(folder: Path) -> tuple[int, ...]:
 
 
 def _wanted(origin: Source, recipe: Recipe) -> tuple[str, ...]:
-    config = _sha256(recipe.fragment)
-    return (origin.identity, config, recipe.series.sha256, tools.compiler_version(), *recipe.selftests)
+    config_sha256 = hashlib.sha256(recipe.config.encode()).hexdigest()
+    return (origin.identity, config_sha256, recipe.series.sha256, tools.compiler_version(), *recipe.selftests)
 
 
-def build(tree: Path | None = None, *, jobs: int = 0, progress: Progress | None = None) -> BuiltKernel:
+def build(
+    tree: Path | None = None,
+    *,
+    variant: str | None = None,
+    jobs: int = 0,
+    progress: Progress | None = None,
+) -> BuiltKernel:
     """Have the lab's kernel and root file system, building what is not there or no longer right.
 
     :param tree: a kernel tree of the user's own, only read; None is Debian's source package
+    :param variant: one of VARIANTS, built and kept beside the ordinary kernel; None is that one
     :param jobs: parallel compilers; 0 is one per CPU
     :raises BuildFailed: a patch, checkpatch, Kconfig or the compiler objects
     :raises ToolMissing: something must be installed first
@@ -174,46 +200,53 @@ def build(tree: Path | None = None, *, jobs: int = 0, progress: Progress | None 
         progress.stage("kernel source")
         cache.remove_leftovers(cache.root() / "kernel")
         origin = source.own(tree) if tree is not None else source.packaged()
-        recipe = recipe_for(source.version_of(origin.tree))
-        record = _read_record(origin.folder)
+        recipe = recipe_for(source.version_of(origin.tree), variant=variant)
+        folder = _place(origin.folder, variant)
+        record = _read_record(folder)
         if record is None or record.inputs() != _wanted(origin, recipe):
-            record = _make(origin, recipe, jobs or os.cpu_count() or 1, progress)
+            record = _make(origin, recipe, folder, jobs or os.cpu_count() or 1, progress)
         cache.write_file(cache.root() / "kernel/current", origin.folder.name.encode())
-    return BuiltKernel(origin.folder, record)
+    return BuiltKernel(folder, record)
 
 
-def _make(origin: Source, recipe: Recipe, jobs: int, progress: Progress) -> Record:
+def _make(origin: Source, recipe: Recipe, folder: Path, jobs: int, progress: Progress) -> Record:
+    """Build into ``folder``."""
     absent = tools.missing(tools.BUILD_TOOLS)
     if absent:
         listed = "; ".join(f"{tool.name}: {problem}" for tool, problem in absent.items())
         raise ToolMissing(f"the kernel cannot be built ({listed}): run `prefault lab build --yes`")
-    cache.need_space(origin.folder, BUILD_MIB << 20, "the kernel build")
-    cache.remove_leftovers(origin.folder)
-    (origin.folder / "build.json").unlink(missing_ok=True)
+    cache.need_space(folder, BUILD_MIB << 20, "the kernel build")
+    cache.remove_leftovers(folder)
+    (folder / "build.json").unlink(missing_ok=True)
     # Before anything is read: what changes during the build is not in it.
-    identity, config, patches, compiler, *selftests = _wanted(origin, recipe)
-    log = origin.folder / "build.log"
+    identity, config_sha256, patches, compiler, *selftests = _wanted(origin, recipe)
+    log = folder / "build.log"
     log.unlink(missing_ok=True)
-    make = Make(origin.tree, origin.folder / "build", log, jobs)
+    make = Make(origin.tree, folder / "build", log, jobs)
+    ordinary = folder == origin.folder
     started = time.monotonic()
 
     progress.stage("series and checkpatch")
     series.apply(recipe.series, origin)
-    checks.checkpatch(recipe.series, origin)
-    _compile(make, recipe, progress)
+    if ordinary:
+        checks.checkpatch(recipe.series, origin)
+    fragment = folder / "fragment.config"
+    cache.write_file(fragment, recipe.config.encode())
+    _compile(make, fragment, progress)
     if recipe.selftests:
         progress.stage("selftests")
         kbuild.build_selftests(make, recipe.selftests)
-    progress.stage("warnings (W=1)")
-    checks.extra_warnings(recipe.series, origin, make, recipe.fragment)
+    if ordinary:
+        progress.stage("warnings (W=1)")
+        checks.extra_warnings(recipe.series, origin, make, fragment)
 
     image = make.output / "arch/arm64/boot/Image"
-    cache.write_file(origin.folder / "Image", image.read_bytes())
+    cache.write_file(folder / "Image", image.read_bytes())
     record = Record(
         version=source.version_of(origin.tree),
         source=origin.name,
         identity=identity,
-        config_sha256=config,
+        config_sha256=config_sha256,
         series_sha256=patches,
         series=tuple(patch.name for patch in recipe.series.patches),
         compiler=compiler,
@@ -221,13 +254,13 @@ def _make(origin: Source, recipe: Recipe, jobs: int, progress: Progress) -> Reco
         selftests=tuple(selftests),
         seconds=round(time.monotonic() - started, 1),
     )
-    cache.write_file(origin.folder / "build.json", json.dumps(asdict(record), indent=2).encode())
+    cache.write_file(folder / "build.json", json.dumps(asdict(record), indent=2).encode())
     return record
 
 
-def _compile(make: Make, recipe: Recipe, progress: Progress) -> None:
+def _compile(make: Make, fragment: Path, progress: Progress) -> None:
     progress.stage("config")
-    make.configure(recipe.fragment)
+    make.configure(fragment)
     fresh = not (make.output / "vmlinux").exists()
     progress.stage("compiling", USUAL_STEPS if fresh else 0)
     output = make.run("Image", "headers", on_step=progress.step)
@@ -236,17 +269,22 @@ def _compile(make: Make, recipe: Recipe, progress: Progress) -> None:
         raise LabError(f"make ended well but made no Image; see {make.log}")
 
 
-def commands(tree: Path | None = None, *, jobs: int = 0) -> tuple[tuple[str, ...], ...]:
+def commands(
+    tree: Path | None = None, *, variant: str | None = None, jobs: int = 0
+) -> tuple[tuple[str, ...], ...]:
     """Command lines that a build from nothing would run, for reading. Nothing is run or fetched."""
     listed: list[tuple[str, ...]] = []
     folder = source.folder_of(tree)
     if folder is None:
         listed.append(("apt-get", "download", source.PACKAGE, f"# from {source.SUITE}"))
         folder = cache.root() / "kernel/debian-VERSION"
-    recipe = recipe_for(source.version_of(tree) if tree is not None else source.SERIES_VERSION)
+    version = source.version_of(tree) if tree is not None else source.SERIES_VERSION
+    recipe = recipe_for(version, variant=variant)
+    place = _place(folder, variant)
     listed += [("git", "apply", "--whitespace=nowarn", str(patch)) for patch in recipe.series.patches]
-    make = Make(folder / "tree", folder / "build", folder / "build.log", jobs or os.cpu_count() or 1)
-    listed.append(make.command(f"KCONFIG_ALLCONFIG={recipe.fragment}", "allnoconfig"))
+    make = Make(folder / "tree", place / "build", place / "build.log", jobs or os.cpu_count() or 1)
+    listed.append(("cat", *map(str, recipe.fragments), f"# as one, into {place / 'fragment.config'}"))
+    listed.append(make.command(f"KCONFIG_ALLCONFIG={place / 'fragment.config'}", "allnoconfig"))
     listed.append(make.command("Image", "headers"))
     if recipe.selftests:
         listed.append(kbuild.selftest_command(make, recipe.selftests))

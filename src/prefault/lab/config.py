@@ -43,6 +43,15 @@ def parse(text: str) -> dict[str, str]:
     return options
 
 
+def merged(base: str, *others: str) -> str:
+    """Fragments as one, in which later ones win: what they have is left out of those before."""
+    for other in others:
+        own = parse(other)
+        kept = [line for line in base.splitlines() if not own.keys() & parse(line).keys()]
+        base = "\n".join([*kept, other])
+    return base
+
+
 def refused(fragment: str, result: str) -> tuple[Refused, ...]:
     """Options of ``fragment`` that ``result``, a .config, does not have. What is absent there is off."""
     granted = parse(result)
