@@ -9,14 +9,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 import click
 from rich.table import Table
 
 from prefault.cli import output
+from prefault.cli.kernels import KernelOptions, arguments_of, image_of, kernel_options
 from prefault.cli.progress import drawn
-from prefault.cli.values import KernelImage, Size
+from prefault.cli.values import Size
 from prefault.conform import in_lab
 from prefault.conform.compare import BAD, Comparison, Verdict
 from prefault.conform.session import SHRINKABLE, Session
@@ -43,7 +44,7 @@ Exit codes: 0 all that was compared is equal and holds, 1 a difference, a law th
 or a lost kernel, 2 usage, 3 operating error, 77 no lab, or the kernel lacks the capability."""
 
 
-class _Options(TypedDict):
+class _Options(KernelOptions):
     names: tuple[str, ...]
     requirement: tuple[str, ...]
     list_only: bool
@@ -53,7 +54,6 @@ class _Options(TypedDict):
     steps: int
     output_folder: Path
     mode: str
-    kernel: Path | None
     memory: int
     limit: float
 
@@ -88,9 +88,7 @@ class _Options(TypedDict):
 @click.option(
     "--mode", type=click.Choice(MODES), default="nested", show_default=True, help="KVM's mode in the lab."
 )
-@click.option(
-    "--kernel", type=KernelImage(), help="Boot this arm64 Image in place of the one that was built."
-)
+@kernel_options
 @click.option("--memory", type=Size(), default="3G", show_default=True, help="Memory of the lab's machine.")
 @click.option(
     "--limit",
@@ -114,7 +112,7 @@ def conform(**options: Unpack[_Options]) -> None:
         _list(choose(options["names"], options["requirement"]))
         return
     with drawn() as progress:
-        session = Session(machine_options(options), options["kernel"], options["limit"], progress)
+        session = Session(machine_options(options), image_of(options), options["limit"], progress)
         run = _Run(options, session)
         run.play()
     _print(run)
@@ -224,6 +222,7 @@ class _Run:
         words = ["prefault", "conform", *(["--program", str(file)] if file else [name])]
         words += ["--mode", options["mode"]] if options["mode"] != "nested" else []
         words += ["--kernel", str(options["kernel"])] if options["kernel"] else []
+        words += ["--variant", options["variant"]] if options["variant"] else []
         words += ["--memory", f"{options['memory'] >> 20}M"] if options["memory"] != 3 << 30 else []
         return shlex.join(words)
 
@@ -250,7 +249,7 @@ def machine_options(options: _Options) -> MachineOptions:
     return MachineOptions(
         memory_mib=options["memory"] >> 20,
         mode=options["mode"],
-        append=(*in_lab.HUGE_PAGES,),
+        append=(*in_lab.HUGE_PAGES, *arguments_of(options)),
     )
 
 
@@ -274,7 +273,7 @@ def _json(run: _Run) -> dict[str, object]:
     session = run.session
     return {
         "mode": run.options["mode"],
-        "kernel": run.options["kernel"],
+        "kernel": image_of(run.options),
         "facts": session.facts,
         "boots": session.boots,
         "run_dirs": session.folders,
