@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of the specification as text are those of the kernel, letter for letter, and can be drawn."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import pytest
+
+from prefault.kvm import stage2
+from prefault.lab.job import Job, run_job
+from prefault.report.map import TableMap, fitting
+from prefault.scenarios.tables import TablesResult, tables
+from prefault.scenarios.walk import WalkConfig
+from prefault.spec import open_spec
+
+pytestmark = pytest.mark.lab
+
+MIB = 1 << 20
+CONFIGS: list[Mapping[str, object]] = [
+    {"size": 4 * MIB},
+    {"size": 4 * MIB, "backing": "thp", "prefault_permille": 500},
+    {"size": 4 * MIB, "backing": "hugetlb"},
+    {"size": 4 * MIB, "backing": "file-private", "resident": "nothing", "when": "while-running"},
+    {"size": 1 * MIB, "resident": "nothing", "write_permille": 300},
+    {"size": 4 * MIB, "backing": "guest-memfd", "vcpus": 2, "prefault_permille": 250},
+    {"size": 4 * MIB, "nested": True},
+    {"size": 4 * MIB, "nested": True, "backing": "thp", "resident": "nothing", "when": "while-running"},
+]
+
+
+@pytest.fixture(scope="module")
+def real() -> list[TablesResult]:
+    commands = [
+        f"python3 -m prefault.scenarios.tables --json {shlex.quote(json.dumps(config))}" for config in CONFIGS
+    ]
+    result = run_job(Job(argv=("sh", "-ec", "; ".join(commands)), timeout=300))
+    assert result.status == 0, result.stderr.decode()
+    return [TablesResult.from_json(json.loads(line)) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(len(CONFIGS)), ids=[json.dumps(config) for config in CONFIGS])
+def test_the_text_is_that_of_the_kernel(real: list[TablesResult], number: int) -> None:
+    with open_spec() as kvm:
+        expected = tables(kvm, WalkConfig.from_json(dict(CONFIGS[number])))
+    assert real[number] == expected
+
+
+def test_what_is_read_back_fits_the_granule_of_the_kernel(real: list[TablesResult]) -> None:
+    for result in real:
+        for stage in result.stages:
+            dumps = [dump for text in stage.tables for dump in stage2.read(text.splitlines())]
+            assert fitting(dumps) == [result.page_size]
+            for text, dump in zip(stage.tables, dumps, strict=True):
+                table = TableMap("table", dump, result.page_size)
+                assert stage2.parse(text) == stage2.merge(dump.leaves)
+                assert sum(leaf.size for leaf in dump.leaves) == table.mapped
+
+
+def test_the_command_draws_tables_of_the_lab() -> None:
+    argv = (sys.executable, "-m", "prefault", "map", "--machine", "lab", "--backing", "thp", "--width", "120")
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "pre-faulted: canonical MMU (4 MiB mapped)" in ended.stdout
+    assert "4 MiB mapped by 2 level-2 blocks" in ended.stdout
+
+
+def test_a_protected_host_says_that_it_shows_no_tables() -> None:
+    argv = (sys.executable, "-m", "prefault", "map", "--machine", "lab", "--mode", "protected")
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 77
+    assert "KVM_CAP_PRE_FAULT_MEMORY" in ended.stderr or "stage-2 tables" in ended.stderr
