@@ -20,6 +20,7 @@ from prefault import __version__
 from prefault.cli import output
 from prefault.cli.bisectable import bisectable
 from prefault.cli.conform import conform
+from prefault.cli.explore import explore
 from prefault.cli.lab import lab
 from prefault.cli.map import map_
 from prefault.cli.mutants import mutants
@@ -58,6 +59,7 @@ def root() -> None:
     prefault run               a guest walks its memory, without and with pre-faulting
     prefault map               the stage-2 tables of a VM, drawn
     prefault conform           the same scenarios on the specification and on a real kernel
+    prefault explore           races on the specification, in every order
     prefault lab build         build the kernel of the lab: arm64 KVM on any Linux machine
     """
 
@@ -66,6 +68,7 @@ root.add_command(probe)
 root.add_command(run)
 root.add_command(map_)
 root.add_command(conform)
+root.add_command(explore)
 root.add_command(lab)
 lab.add_command(soak)
 lab.add_command(mutants)

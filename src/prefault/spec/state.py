@@ -47,50 +47,41 @@ class HostConfig:
         return Granule(self.page_size.bit_length() - 1, self.lpa2, self.fwb)
 
 
+def _bug(about: str) -> bool:
+    """A field of ``Faults``."""
+    return field(default=False, metadata={"about": about})
+
+
 @dataclass(frozen=True)
 class Faults:
     """Bugs that can be switched on, to see that they are found. Each is asked for where it bites."""
 
-    no_sequence_check: bool = False
-    """A fault maps what it found, whatever was invalidated since."""
-    sequence_after_pin: bool = False
-    """The sequence count is sampled when the page was looked up already."""
-    no_sequence_bump: bool = False
-    """The end of an invalidation does not move the sequence count on."""
-    lock_dropped: bool = False
-    """The mmu_lock is dropped and taken again between the check of the sequence count and the map."""
-    no_mmu_lock: bool = False
-    """The mmu_lock keeps nobody out."""
-    no_srcu_wait: bool = False
-    """A memslot is replaced without waiting for those who use the old one."""
-    wait_under_srcu: bool = False
-    """Pre-faulting waits for a memslot that is going away to be gone, in place of EAGAIN."""
-    invalid_slot_used: bool = False
-    """Pre-faulting maps through a memslot that is going away."""
-    slots_during_invalidation: bool = False
-    """Memslots are replaced between the start and the end of an invalidation."""
-    log_without_protecting: bool = False
-    """Dirty logging is switched on, and what is mapped stays writable."""
-    log_ignored: bool = False
-    """Pre-faulting maps pages of a logged memslot writable."""
-    dirty_marked: bool = False
-    """Pre-faulting marks what it maps as dirty."""
-    write_fault: bool = False
-    """Pre-faulting faults as a write would."""
-    readonly_ignored: bool = False
-    """A read-only memslot is mapped as one that may be written."""
-    page_leaked: bool = False
-    """A page that came out stale is not put."""
-    wrong_mmu: bool = False
-    """Pre-faulting fills the shadow MMU that was used last."""
-    past_range: bool = False
-    """Progress is not cut to the range."""
-    mapped_again: bool = False
-    """What is mapped already is faulted again."""
-    shadow_kept: bool = False
-    """An invalidation leaves the shadow MMUs as they are."""
-    tlb_kept: bool = False
-    """The TLB of the canonical MMU is not invalidated."""
+    no_sequence_check: bool = _bug("A fault maps what it found, whatever was invalidated since.")
+    sequence_after_pin: bool = _bug("The sequence count is sampled when the page was looked up already.")
+    no_sequence_bump: bool = _bug("The end of an invalidation does not move the sequence count on.")
+    lock_dropped: bool = _bug(
+        "The mmu_lock is dropped and taken again between the check of the sequence count and the map."
+    )
+    no_mmu_lock: bool = _bug("The mmu_lock keeps nobody out.")
+    no_srcu_wait: bool = _bug("A memslot is replaced without waiting for those who use the old one.")
+    wait_under_srcu: bool = _bug(
+        "Pre-faulting waits for a memslot that is going away to be gone, in place of EAGAIN."
+    )
+    invalid_slot_used: bool = _bug("Pre-faulting maps through a memslot that is going away.")
+    slots_during_invalidation: bool = _bug(
+        "Memslots are replaced between the start and the end of an invalidation."
+    )
+    log_without_protecting: bool = _bug("Dirty logging is switched on, and what is mapped stays writable.")
+    log_ignored: bool = _bug("Pre-faulting maps pages of a logged memslot writable.")
+    dirty_marked: bool = _bug("Pre-faulting marks what it maps as dirty.")
+    write_fault: bool = _bug("Pre-faulting faults as a write would.")
+    readonly_ignored: bool = _bug("A read-only memslot is mapped as one that may be written.")
+    page_leaked: bool = _bug("A page that came out stale is not put.")
+    wrong_mmu: bool = _bug("Pre-faulting fills the shadow MMU that was used last.")
+    past_range: bool = _bug("Progress is not cut to the range.")
+    mapped_again: bool = _bug("What is mapped already is faulted again.")
+    shadow_kept: bool = _bug("An invalidation leaves the shadow MMUs as they are.")
+    tlb_kept: bool = _bug("The TLB of the canonical MMU is not invalidated.")
 
 
 class Host:
