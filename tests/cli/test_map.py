@@ -136,6 +136,14 @@ def test_a_process_is_looked_up_in_debugfs(
     assert main(["map", "--pid", "4711"]) == ExitCode.MISSING
 
 
+@pytest.mark.parametrize(("granule", "block"), [("4K", "2 MiB"), ("16K", "32 MiB"), ("64K", "512 MiB")])
+def test_the_host_of_the_specification_has_any_granule(
+    capsys: pytest.CaptureFixture[str], granule: str, block: str
+) -> None:
+    words = ("--page-size", granule, "--backing", "thp", "--size", block.replace(" ", ""), "--width", "120")
+    assert f"{block} mapped by 1 level-2 block" in shown(capsys, *words)
+
+
 def test_a_diff_says_what_changed(capsys: pytest.CaptureFixture[str], files: tuple[str, str]) -> None:
     text = shown(capsys, "--diff", *files, "--width", "160")
     assert f"{files[0]} to {files[1]} (4 KiB mapped)" in text
@@ -187,7 +195,7 @@ def test_the_picture_is_whole_or_not_there(
         (["{}/after", "--machine", "lab", "--nested"], "--nested, --machine"),
         (["{}/after", "--pid", "1"], "--pid"),
         (["{}/after", "--page-size", "64K"], "do not fit 64 KiB; they fit 4 KiB"),
-        (["--page-size", "64K"], "--page-size"),
+        (["--page-size", "64K", "--machine", "lab"], "--page-size"),
         (["--diff", "{}/after"], "--diff compares two FILES, not 1"),
         (["--diff", "{}/after", "{}/two"], "there are several"),
         (["--mode", "nvhe"], "add --machine lab"),

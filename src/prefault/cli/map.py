@@ -40,7 +40,7 @@ from prefault.report.map_svg import Panel, svg
 from prefault.report.walk import describe
 from prefault.scenarios.tables import TablesResult, tables
 from prefault.scenarios.walk import WalkConfig
-from prefault.spec import open_spec
+from prefault.spec import HostConfig, open_spec
 
 EPILOG = """\b
 Examples:
@@ -111,7 +111,7 @@ class _Options(WalkOptions):
 @click.option(
     "--page-size",
     type=click.Choice(["4K", "16K", "64K"]),
-    help="Granule of the tables in FILES, where they do not tell.",
+    help="Granule: of the specification's host, or of FILES that do not tell.",
 )
 @walk_options(size="4M")
 @output.json_option
@@ -143,9 +143,9 @@ def _story(options: _Options) -> Story | None:
                 f"{', '.join(named) or '--pid'}: FILES are tables already; leave one of the two out"
             )
         return _of_process(pid, options) if pid else _of_files(options)
-    if options["page_size"]:
-        raise UsageError("--page-size: about FILES; a VM that is made here tells its own")
     refuse_lab_options(options["machine"])
+    if options["page_size"] and options["machine"] != "spec":
+        raise UsageError(f"--page-size: the page size of --machine {options['machine']} is what it is")
     config = walk_config(options)
     make = {"spec": _on_spec, "lab": _in_lab, "kvm": _here}[options["machine"]]
     result = make(config, options)
@@ -156,8 +156,13 @@ def _story(options: _Options) -> Story | None:
 
 
 def _on_spec(config: WalkConfig, options: _Options) -> TablesResult:
-    with output.stderr().status("the guest walks its memory on the specification"), open_spec() as kvm:
+    host = HostConfig(page_size=_bytes(options["page_size"] or "4K"))
+    with output.stderr().status("the guest walks its memory on the specification"), open_spec(host) as kvm:
         return tables(kvm, config)
+
+
+def _bytes(granule: str) -> int:
+    return int(granule.removesuffix("K")) << 10
 
 
 def _here(config: WalkConfig, options: _Options) -> TablesResult:
@@ -296,7 +301,7 @@ def _told() -> Iterator[None]:
 def _maps(name: str, named: list[tuple[str, stage2.Dump]], options: _Options) -> tuple[TableMap, ...]:
     dumps = [dump for _, dump in named]
     told = options["page_size"]
-    size, others = page_size_of(dumps, name, int(told[:-1]) << 10 if told else None)
+    size, others = page_size_of(dumps, name, _bytes(told) if told else None)
     return tuple(TableMap(label, dump, size, others) for label, dump in named)
 
 

@@ -328,12 +328,16 @@ def _cut(piece: Part, window: int) -> Iterator[Part]:
             yield Part(start, end - start, {look: end - start}, piece.slot)
 
 
+_REGION = 2 << 20
+"""What regions are aligned to, at least. Every granule has a power of two of pages in it."""
+
+
 def regions(tables: Sequence[TableMap], limit: int) -> list[tuple[int, int]]:
     """Ranges (first, end) that have all leaves and memslots of some tables, at most ``limit`` of them.
 
     Holes between them are left out, the smallest ones last.
     """
-    window = leaf_size(tables[0].page_size, 2)
+    window = _REGION
     ranges = [(slot.gpa, slot.gpa + slot.size) for table in tables for slot in table.slots]
     ranges += [(run.ipa, run.ipa + run.size) for table in tables for run in table.dump.leaves]
     ranges = _aligned(ranges, window)
