@@ -145,6 +145,7 @@ _REGION = st.builds(
 _ADVICE = st.sampled_from(
     [
         *[Advice.DONTNEED] * 3,
+        Advice.REMOVE,
         *(Advice.POPULATE_READ, Advice.POPULATE_WRITE, Advice.COLLAPSE, Advice.HUGEPAGE, Advice.NOHUGEPAGE),
     ]
 )

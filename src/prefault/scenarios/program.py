@@ -323,7 +323,9 @@ def _mapping(one: L2Mapping) -> str:
 
 # The same program on hosts with other pages.
 
-_SCALED = ("gpa", "ipa", "start", "size", "stride", "hva_offset")
+_SIZES = ("size", "stride", "hva_offset")
+_PLACES = ("gpa", "ipa", "start")
+"""Those of memory; devices stay where they are."""
 
 
 def scaled(value: typing.Any, page: int, block: int) -> typing.Any:
@@ -334,18 +336,17 @@ def scaled(value: typing.Any, page: int, block: int) -> typing.Any:
         return tuple(scaled(one, page, block) for one in value)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
-    device = isinstance(value, guest.DeviceRead | guest.DeviceWrite)
     changed = {}
     for one in dataclasses.fields(value):
         old = getattr(value, one.name)
-        moved = one.name in _SCALED and isinstance(old, int) and not device
+        moved = isinstance(old, int) and (one.name in _SIZES or (one.name in _PLACES and old >= DATA // 2))
         changed[one.name] = scale(old, page, block) if moved else scaled(old, page, block)
     return dataclasses.replace(value, **changed)
 
 
 def scale(number: int, page: int, block: int) -> int:
     """An address near DATA, or a size: blocks as blocks, the rest as pages and bytes."""
-    base = DATA * (number // DATA)
+    base = DATA * ((number + DATA // 2) // DATA)
     blocks = (number - base + BLOCK // 2) // BLOCK
     rest = number - base - blocks * BLOCK
     pages = rest // PAGE
@@ -495,7 +496,7 @@ class _Player:
         return not any(page in memory.closed for memory, page in self._pages(gpa, size))
 
     def _host(self, gpa: int, do: Callable[[], object]) -> object:
-        return do() if self._open(gpa, len(HOST_DATA)) else "not for the VMM"
+        return do() or "done" if self._open(gpa, len(HOST_DATA)) else "not for the VMM"
 
     # Guests.
 
