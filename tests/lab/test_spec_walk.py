@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The spec shows what the lab's kernel shows: walks, listed observations and random programs, in one boot."""
+"""The spec shows what the lab's kernel shows: walks and listed observations, in one boot."""
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +14,8 @@ from prefault.lab.job import Job, run_job
 from prefault.scenarios.walk import walk
 from prefault.scenarios.walk_result import WalkConfig, WalkRun
 from prefault.spec import open_spec
-from tests.spec import listed, observations
+from tests.spec import listed
 
-REFUSED = re.compile('"collapse", "CapabilityMissing"')
 pytestmark = pytest.mark.lab
 
 MIB = 1 << 20
@@ -31,16 +29,13 @@ CONFIGS: list[Mapping[str, object]] = [
     {"size": 4 * MIB, "nested": True, "resident": "nothing", "when": "while-running", "backing": "thp"},
     {"size": 4 * MIB, "nested": True, "resident": "nothing", "when": "while-running", "backing": "shared"},
 ]
-SEEDS = range(16)
-STEPS = 20
 
 
 @pytest.fixture(scope="module")
 def real() -> list[object]:
-    """One line of JSON for the listed observations, one for each seed, one for each walk."""
-    here = Path(listed.__file__).parent
-    files = {f"/{name}.py": (here / f"{name}.py").read_bytes() for name in ("listed", "observations")}
-    commands = ["python3 /listed.py", f"python3 /observations.py {SEEDS.start} {SEEDS.stop} {STEPS}"]
+    """One line of JSON for the listed observations, one for each walk."""
+    files = {"/listed.py": Path(listed.__file__).read_bytes()}
+    commands = ["python3 /listed.py"]
     for config in CONFIGS:
         commands.append(f"python3 -m prefault.scenarios.walk --json {shlex.quote(json.dumps(config))}")
     result = run_job(Job(argv=("sh", "-ec", "; ".join(commands)), files=files, timeout=600))
@@ -56,18 +51,6 @@ def test_listed_observations_are_equal(real: list[object], name: str) -> None:
         assert found[name] == listed.observe(kvm)[name]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_random_programs_are_equal(real: list[object], seed: int) -> None:
-    found = real[1 + seed - SEEDS.start]
-    if found is None:
-        pytest.skip("the lab ran out of huge pages on this seed")
-    assert isinstance(found, list)
-    # The kernel may not feel like collapsing pages just now, which is not for the spec to know.
-    known = next((index for index, step in enumerate(found) if REFUSED.search(json.dumps(step))), None)
-    with open_spec() as kvm:
-        assert found[:known] == observations.observe(kvm, seed, STEPS)[:known]
-
-
 def seen(run: WalkRun) -> dict[str, object]:
     """What does not depend on time."""
     found = run.to_json()
@@ -77,7 +60,7 @@ def seen(run: WalkRun) -> dict[str, object]:
 
 @pytest.mark.parametrize("number", range(len(CONFIGS)), ids=[json.dumps(config) for config in CONFIGS])
 def test_walks_are_equal(real: list[object], number: int) -> None:
-    found = real[1 + len(SEEDS) + number]
+    found = real[1 + number]
     assert isinstance(found, dict)
     assert "error" not in found
     with open_spec() as kvm:

@@ -91,7 +91,7 @@ def play_watched(wanted: list[Scenario], facts: bool, limit: float) -> int:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     text = f"not done after {limit:g} s{_where(child)}"
     name = wanted[max(0, done)].name
-    _report(Outcome(name, "failed", text, limit), log.read())
+    _report(Outcome(name, "lost", text, limit), log.read())
     return 1
 
 

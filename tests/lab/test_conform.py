@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All listed scenarios and some random programs are the same on the specification and on the lab's kernel."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefault.cli.main import main
+from prefault.conform.in_lab import HUGE_PAGES, play
+from prefault.conform.suite import Suite
+from prefault.errors import ExitCode
+from prefault.guest.program import Walk
+from prefault.lab.machine import MODES, MachineOptions
+from prefault.machine import Backing, MemoryRegion, Resident
+from prefault.scenarios import SCENARIOS
+from prefault.scenarios.program import BLOCK, PAGE, Guest, PreFault, SetRegion, VmmProgram
+from prefault.scenarios.scenario import DATA
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+
+HONEST = "capability_is_reported_where_it_works"
+
+
+@functools.cache
+def _listed(mode: str) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        printed: list[str] = []
+        patch.setattr("click.echo", lambda text="", **more: None if more.get("err") else printed.append(text))
+        status = main(["conform", "--json", "--mode", mode])
+    return {"status": status, **json.loads(printed[0])}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_listed_scenario_is_equal_or_skipped_on_both_sides(mode: str) -> None:
+    found = _listed(mode)
+    wrong = {one["name"]: one for one in found["scenarios"] if one["verdict"] not in ("equal", "skipped")}
+    assert not wrong
+    one_sided = [
+        one["name"]
+        for one in found["scenarios"]
+        if one["verdict"] == "skipped" and one["spec"]["outcome"] != one["kernel"]["outcome"]
+    ]
+    assert not one_sided
+    assert found["boots"] == 1
+
+
+def test_with_nesting_nothing_is_skipped() -> None:
+    found = _listed("nested")
+    assert found["status"] == ExitCode.DONE
+    assert found["counts"]["equal"] == len(SCENARIOS)
+
+
+def test_random_programs_are_equal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["conform", "--json", "--random", "12", "--seed", "1", "--output", str(tmp_path)]
+    status = main(words)
+    found = json.loads(capsys.readouterr().out)
+    assert [one for one in found["scenarios"] if one["verdict"] != "equal"] == []
+    assert status == ExitCode.DONE
+
+
+def test_a_scenario_that_takes_too_long_is_named_and_the_others_are_played() -> None:
+    slow = VmmProgram(
+        (
+            SetRegion(MemoryRegion(1, DATA, 128 * BLOCK, Backing.PRIVATE, Resident.WRITE)),
+            *[Guest((Walk(DATA, 128 * BLOCK, 8),))] * 20,
+        )
+    )
+    quick = VmmProgram((SetRegion(MemoryRegion(1, DATA, BLOCK)), PreFault(DATA, PAGE)))
+    suite = Suite(programs={"quick": quick, "slow": slow, "after": quick})
+    found = play(suite, MachineOptions(append=HUGE_PAGES), limit=5)
+    assert {name: one.outcome for name, one in found.plays.items()} == {
+        "quick": "passed",
+        "slow": "lost",
+        "after": "passed",
+    }
+    assert found.plays["slow"].text.startswith("not done after 5 s")
+    assert found.boots == 2
