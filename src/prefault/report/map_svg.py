@@ -101,8 +101,9 @@ def svg(title: str, scenes: Sequence[Sequence[Panel]]) -> str:
             _panel(root, _MARGIN + sum(widths[:column]), y, panel, bars[column])
             for column, panel in enumerate(scene)
         )
-    y = _legend(root, y + _LINE, [panel.table for scene in scenes for panel in scene])
-    width, height = _MARGIN + sum(widths), y + _MARGIN
+    width = _MARGIN + sum(widths)
+    y = _legend(root, y + _LINE, width, [panel.table for scene in scenes for panel in scene])
+    height = y + _MARGIN
     root.set("viewBox", f"0 0 {width} {height}")
     root.set("width", str(width))
     root.set("height", str(height))
@@ -111,16 +112,16 @@ def svg(title: str, scenes: Sequence[Sequence[Panel]]) -> str:
 
 def _bars(tables: Sequence[TableMap]) -> list[_Bar]:
     """The bars that show all of some tables: each is a table of the last level, or several if need be."""
+    page_size = tables[0].page_size
     ranges = regions(tables, REGIONS)
-    span = leaf_size(tables[0].page_size, 2)
-    while sum(-(-(end - first) // span) for first, end in ranges) > ROWS:
-        span *= 2
-    cell = max(span // CELLS, tables[0].page_size)
-    return [
-        _Bar(start, min(end, start + span), cell)
-        for first, end in ranges
-        for start in range(first, end, span)
-    ]
+    found = []
+    for first, end in ranges:
+        span = leaf_size(page_size, 2)
+        while -(-(end - first) // span) > ROWS // len(ranges):
+            span *= 2
+        cell = max(span // CELLS, page_size)
+        found += [_Bar(start, min(end, start + span), cell) for start in range(first, end, span)]
+    return found
 
 
 def _panel(root: Element, x: int, y: int, panel: Panel, bars: Sequence[_Bar]) -> int:
@@ -128,18 +129,18 @@ def _panel(root: Element, x: int, y: int, panel: Panel, bars: Sequence[_Bar]) ->
     table = panel.table
     _text(root, x, y, panel.heading, "head")
     words = summary(table).split("; ")
-    if bars:
-        words.append(f"{round_size(bars[0].cell)} per cell, {round_size(bars[0].cell * CELLS)} per bar")
     for half in (words[:3], words[3:]):
         y += _LINE
         _text(root, x, y, "; ".join(half), "dim")
     y += 8
     reached = 0
     for bar in bars:
-        if bar.first > reached:
+        if bar.first > reached or bar is bars[0]:
             y += _GAP_HEIGHT
-            gap = f"{round_size(bar.first - reached)} without memslots or leaves"
-            _text(root, x + _LABEL, y - 5, gap if reached or bar.first else "", "dim")
+            gap = f"{round_size(bar.first - reached)} without memslots or leaves; then "
+            _text(
+                root, x + _LABEL, y - 5, f"{gap if bar.first else ''}{round_size(bar.cell)} per cell", "dim"
+            )
         _draw(root, x, y, table, bar)
         y += _PITCH
         reached = bar.end
@@ -230,7 +231,7 @@ def _class_of(look: Kind) -> str:
     return _ACCESS.get(look.access, "other")
 
 
-def _legend(root: Element, y: int, tables: Sequence[TableMap]) -> int:
+def _legend(root: Element, y: int, width: int, tables: Sequence[TableMap]) -> int:
     """What the colours and patterns mean, those that were used."""
     used = {look for table in tables for look in table.looks}
     found: list[tuple[str, bool, bool, str]] = [
@@ -247,20 +248,22 @@ def _legend(root: Element, y: int, tables: Sequence[TableMap]) -> int:
     found += [("none", False, False, "nothing")]
     x = _MARGIN
     for name, striped, hatched, text in found:
+        wide = 46 + 7 * len(text)
+        if x + wide > width:
+            x, y = _MARGIN, y + _PITCH
         _rect(root, x, y, 24, 14, name)
         for on, pattern in ((striped, "pages"), (hatched, "old")):
             if on:
                 _rect(root, x, y, 24, 14, "").set("fill", f"url(#{pattern})")
         _text(root, x + 30, y + 12, text, "")
-        x += 46 + 7 * len(text)
+        x += wide
     return y + 14
 
 
 def _patterns(defs: Element) -> None:
-    pages = SubElement(
-        defs, "pattern", id="pages", width=str(2 * _CELL), height="8", patternUnits="userSpaceOnUse"
-    )
-    _rect(pages, 0, 0, 1.5, 8, "stripe")
+    # Lines across, because cells that stand alone are lines upright.
+    pages = SubElement(defs, "pattern", id="pages", width="8", height="4", patternUnits="userSpaceOnUse")
+    _rect(pages, 0, 0, 8, 1, "stripe")
     old = SubElement(defs, "pattern", id="old", width="6", height="6", patternUnits="userSpaceOnUse")
     SubElement(old, "path", {"class": "old"}, d="M0 6L6 0", fill="none")
 
