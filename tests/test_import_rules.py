@@ -18,6 +18,7 @@ FORBIDDEN = {
     "spec": {"kvm", "lab"},
     "guest": {"kvm", "lab", "spec", "cli", "report"},
     "kvm": {"lab", "spec", "cli", "report", "scenarios"},
+    "conform": {"cli"},
     "machine": {"kvm", "lab", "spec", "cli", "report", "scenarios"},
 }
 """Part of the project → parts that it must not import."""
