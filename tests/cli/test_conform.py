@@ -89,6 +89,10 @@ def test_a_kernel_without_the_capability_is_no_success(
     lab.facts["pre_fault_memory"] = 0
     assert main(["conform", LAW, HONEST]) == ExitCode.MISSING
     assert "does not report KVM_CAP_PRE_FAULT_MEMORY" in capsys.readouterr().err
+    assert main(["conform", "--json", LAW, HONEST]) == ExitCode.MISSING
+    found = reported(capsys)
+    assert "KVM_CAP_PRE_FAULT_MEMORY" in found["nothing_compared"]
+    assert found["counts"]["different"] == 0
 
 
 def test_a_lost_kernel_names_what_it_was_at(lab: FakeLab, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +167,7 @@ def test_random_programs_are_equal_on_equal_machines(
 ) -> None:
     words = ["conform", "--random", "3", "--seed", "5", "--steps", "6", "--output", str(tmp_path / "out")]
     assert main(words) == ExitCode.DONE
-    assert "3 of 3 scenarios equal" in capsys.readouterr().out
+    assert "3 of 3 programs equal" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 

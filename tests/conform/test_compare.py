@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from prefault.conform.compare import Comparison, Verdict, compare
+from prefault.conform.compare import Comparison, Verdict, compare, without_capability
 from prefault.conform.suite import Play
 
 SEEN: tuple[tuple[str, object], ...] = (("exit", {"kind": "AtMarker", "number": 1}), ("leaves", []))
@@ -79,3 +79,12 @@ def test_what_the_specification_alone_cannot_do_is_a_difference() -> None:
     mine, its = (("1.", {"result": "CapabilityMissing"}),), (("1.", {"result": "done"}),)
     found = compare(Play("p", "passed", observations=mine), Play("p", "passed", observations=its))
     assert found.verdict is Verdict.DIFFERENT
+
+
+def test_a_kernel_that_does_not_claim_to_pre_fault_may_answer_otherwise_but_not_do_it() -> None:
+    mine = (("capability", 1), ("pre-fault 0x0 0x1000", {"errno": 0}))
+    for errno, verdict in ((25, Verdict.SKIPPED), (0, Verdict.DIFFERENT)):
+        its = (("capability", 0), ("pre-fault 0x0 0x1000", {"errno": errno}))
+        found = compare(Play("law", "passed", observations=mine), Play("law", "failed", observations=its))
+        assert found.verdict is Verdict.DIFFERENT
+        assert without_capability(found).verdict is verdict

@@ -12,7 +12,7 @@ from prefault.conform import in_lab, on_spec
 from prefault.conform.compare import Verdict
 from prefault.conform.session import Session
 from prefault.conform.suite import Suite, choose
-from prefault.errors import LabError, ToolMissing
+from prefault.errors import LabError, LabLost, ToolMissing
 from prefault.lab.job import Job, JobResult, JobSplat
 from prefault.lab.machine import MachineOptions
 from prefault.scenarios.program import PreFault, Protect
@@ -46,6 +46,15 @@ def test_a_lost_machine_costs_the_scenario_that_it_was_at(lab: FakeLab) -> None:
     }
     assert NAMES[2] not in lab.jobs[1].argv
     assert NAMES[3] in lab.jobs[1].argv
+
+
+def test_a_kernel_that_does_not_come_up_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object, **__: object) -> JobResult:
+        raise LabLost("the lab's machine did not come up within 150 s")
+
+    monkeypatch.setattr(in_lab, "run_job", run)
+    with pytest.raises(LabLost, match="did not come up"):
+        in_lab.play(Suite(NAMES), MachineOptions())
 
 
 def test_after_too_many_lost_machines_the_rest_is_said_not_to_be_played(lab: FakeLab) -> None:

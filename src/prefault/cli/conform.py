@@ -18,12 +18,12 @@ from prefault.cli import output
 from prefault.cli.kernels import KernelOptions, arguments_of, image_of, kernel_options
 from prefault.cli.progress import drawn
 from prefault.cli.values import Size
-from prefault.conform import in_lab
+from prefault.conform import in_lab, on_spec
 from prefault.conform.compare import BAD, Comparison, Verdict
 from prefault.conform.session import SHRINKABLE, Session
 from prefault.conform.strategies import generate
 from prefault.conform.suite import Suite, choose
-from prefault.errors import CapabilityMissing, ExitCode, UsageError
+from prefault.errors import ExitCode, UsageError
 from prefault.lab.machine import MODES, MachineOptions
 from prefault.report import conform as report
 from prefault.scenarios import SCENARIOS
@@ -116,7 +116,9 @@ def conform(**options: Unpack[_Options]) -> None:
         run = _Run(options, session)
         run.play()
     _print(run)
-    click.get_current_context().exit(run.exit_code())
+    if run.nothing_compared:
+        click.echo(f"prefault: {run.nothing_compared}", err=True)
+    click.get_current_context().exit(run.exit_code)
 
 
 def _list(names: Sequence[str]) -> None:
@@ -189,32 +191,31 @@ class _Run:
     @property
     def bad(self) -> list[Comparison]:
         """What does not hold."""
-        return [one for one in self.comparisons if one.verdict in BAD and not self._unserved(one)]
+        return [one for one in self.comparisons if one.verdict in BAD]
 
     @property
     def capability(self) -> bool:
         """Whether the kernel claims to pre-fault."""
-        return bool(self.session.facts.get("pre_fault_memory"))
+        return on_spec.can_pre_fault(self.session.facts)
 
-    def _unserved(self, one: Comparison) -> bool:
-        """Whether it differs only in that the kernel neither claims to pre-fault nor does it."""
-        return not self.capability and one.verdict is Verdict.DIFFERENT and not _pre_faults(one)
-
-    def exit_code(self) -> ExitCode:
-        """How the command ends.
-
-        :raises CapabilityMissing: nothing was compared that has to do with pre-faulting
-        """
-        if self.bad:
-            return ExitCode.DOES_NOT_HOLD
+    @property
+    def nothing_compared(self) -> str:
+        """Why a run without a difference says nothing, if so."""
         if not self.capability:
-            raise CapabilityMissing(
+            return (
                 "the kernel does not report KVM_CAP_PRE_FAULT_MEMORY (236), so that its pre-faulting was not "
                 "compared: boot one with the series, or another --mode"
             )
         if not any(one.verdict is Verdict.EQUAL for one in self.comparisons):
-            raise CapabilityMissing("every scenario was skipped: nothing was compared")
-        return ExitCode.DONE
+            return "everything was skipped: nothing was compared"
+        return ""
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """How the command ends."""
+        if self.bad:
+            return ExitCode.DOES_NOT_HOLD
+        return ExitCode.MISSING if self.nothing_compared else ExitCode.DONE
 
     def again(self, name: str) -> str:
         """The command that plays just one scenario or program in the same way."""
@@ -238,12 +239,6 @@ def _read(file: Path) -> VmmProgram:
         raise UsageError(f"{file} is not JSON: {error}") from error
 
 
-def _pre_faults(one: Comparison) -> bool:
-    """Whether the kernel pre-faulted anything in a scenario."""
-    seen = (value for what, value in one.kernel.observations if what.startswith("pre-fault"))
-    return any(isinstance(value, dict) and value.get("errno") == 0 for value in seen)
-
-
 def machine_options(options: _Options) -> MachineOptions:
     """The lab's machine that the options ask for."""
     return MachineOptions(
@@ -263,9 +258,10 @@ def _print(run: _Run) -> None:
         console.print("\n".join(lines), markup=False, soft_wrap=True)
         console.print()
     console.print(report.summary(run.comparisons))
-    for line in report.skips(run.comparisons):
+    for line in (*report.skips(run.comparisons), *report.cuts(run.comparisons)):
         console.print(line, markup=False, soft_wrap=True)
-    console.print(report.sentence(run.comparisons, session.seconds, session.boots), soft_wrap=True)
+    noun = "program" if run.programs else "scenario"
+    console.print(report.sentence(run.comparisons, noun, session.seconds, session.boots), soft_wrap=True)
 
 
 def _json(run: _Run) -> dict[str, object]:
@@ -278,6 +274,7 @@ def _json(run: _Run) -> dict[str, object]:
         "boots": session.boots,
         "run_dirs": session.folders,
         "seconds": {side: round(spent, 3) for side, spent in session.seconds.items()},
+        "nothing_compared": run.nothing_compared,
         "counts": {verdict.value: counts[verdict.value] for verdict in Verdict},
         "scenarios": [_comparison_json(one, run) for one in run.comparisons],
     }
@@ -291,11 +288,13 @@ def _comparison_json(one: Comparison, run: _Run) -> dict[str, object]:
         "verdict": one.verdict,
         "observations": one.compared,
         "seconds": round(one.kernel.seconds, 3),
+        "cut": one.cut,
     }
     if one.verdict is not Verdict.EQUAL:
         facts["spec"] = {"outcome": one.spec.outcome, "text": one.spec.text}
         facts["kernel"] = {"outcome": one.kernel.outcome, "text": one.kernel.text}
         facts |= {"difference": one.difference, "splats": one.splats, "again": run.again(one.name)}
     if one.verdict in BAD and one.name in run.programs:
+        facts["file"] = run.files.get(one.name)
         facts["program"] = to_json(run.programs[one.name])
     return facts

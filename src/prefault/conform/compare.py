@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -83,6 +84,19 @@ def compare(spec: Play, kernel: Play) -> Comparison:
 def compare_all(spec: Mapping[str, Play], kernel: Mapping[str, Play]) -> list[Comparison]:
     """Compare suites that were played whole."""
     return [compare(spec[name], play) for name, play in kernel.items()]
+
+
+def without_capability(one: Comparison) -> Comparison:
+    """A comparison with a kernel that does not claim to pre-fault: that it does not is no difference."""
+    if one.verdict is not Verdict.DIFFERENT or _pre_faults(one.kernel):
+        return one
+    return dataclasses.replace(one, verdict=Verdict.SKIPPED)
+
+
+def _pre_faults(kernel: Play) -> bool:
+    """Whether the kernel pre-faulted anything in a scenario."""
+    seen = (value for what, value in kernel.observations if what.startswith("pre-fault"))
+    return any(isinstance(value, dict) and value.get("errno") == 0 for value in seen)
 
 
 def _verdict(spec: Play, kernel: Play, difference: Difference | None, cut: bool) -> Verdict:

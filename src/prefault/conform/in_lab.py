@@ -77,7 +77,8 @@ def play(
     :param limit: seconds for one scenario
     :param done: told each name
     :raises ToolMissing: QEMU, the kernel or the root file system is not here
-    :raises LabError: the machine came up and played nothing
+    :raises LabLost: it does not come up
+    :raises LabError: it came up and played nothing
     """
     found, order = LabPlays(), suite.order()
     while left := [name for name in order if name not in found.plays]:
@@ -106,6 +107,8 @@ def _boot(
     except JobSplat as splat:
         result = splat.result  # what was logged during each scenario is with that scenario
     except (LabLost, JobTimeout) as error:
+        if not found.facts:
+            raise  # it never came as far as a scenario
         culprit = next(name for name in order if name not in found.plays)
         found.plays[culprit] = Play(culprit, "lost", str(error))
         return

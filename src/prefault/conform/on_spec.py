@@ -37,6 +37,13 @@ def host_config(facts: Mapping[str, object]) -> HostConfig:
     )
 
 
+def can_pre_fault(facts: Mapping[str, object]) -> bool:
+    """Whether the kernel claims to pre-fault any VM."""
+    kinds = facts["vm_kinds"]
+    assert isinstance(kinds, list)
+    return bool(facts["pre_fault_memory"]) or any(kind.get("pre_fault_memory") for kind in kinds)
+
+
 def _number(value: object) -> int:
     assert isinstance(value, int)
     return value

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefault.conform import in_lab, on_spec
-from prefault.conform.compare import BAD, Comparison, Verdict, compare_all
+from prefault.conform.compare import BAD, Comparison, Verdict, compare_all, without_capability
 from prefault.conform.shrink import shrink
 from prefault.conform.suite import Suite
 from prefault.lab.machine import MachineOptions
@@ -56,7 +56,8 @@ class Session:
         spec = on_spec.play(suite, on_spec.host_config(self.facts), self.progress.step)
         self.seconds["kernel"] += middle - start
         self.seconds["specification"] += time.monotonic() - middle
-        return compare_all(spec, lab.plays)
+        found = compare_all(spec, lab.plays)
+        return found if on_spec.can_pre_fault(self.facts) else [without_capability(one) for one in found]
 
     def differing(self, programs: Mapping[str, VmmProgram]) -> set[str]:
         """The programs that show a difference."""

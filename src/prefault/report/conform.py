@@ -31,7 +31,7 @@ _WIDE = 160
 def summary(comparisons: Sequence[Comparison]) -> Table:
     """How many scenarios had which verdict."""
     counts = Counter(one.verdict for one in comparisons)
-    table = Table("verdict", "scenarios", "meaning")
+    table = Table("verdict", "how many", "meaning")
     table.columns[1].justify = "right"
     for verdict in Verdict:
         if counts[verdict] or verdict is Verdict.EQUAL:
@@ -52,16 +52,26 @@ def skips(comparisons: Iterable[Comparison]) -> list[str]:
         if one.verdict is not Verdict.SKIPPED:
             continue
         kernel, spec = one.kernel.outcome == "skipped", one.spec.outcome == "skipped"
-        side = "both sides" if kernel and spec else "the kernel" if kernel else "the specification"
-        text = one.kernel.text if kernel else one.spec.text
+        side = "both sides" if kernel and spec else "the specification" if spec else "the kernel"
+        text = (one.kernel.text if kernel else one.spec.text) or "no KVM_PRE_FAULT_MEMORY"
         reasons.setdefault(f"{side}: {text}", []).append(one.name)
     return [f"{plural(len(names), 'scenario')} skipped by {reason}" for reason, names in reasons.items()]
+
+
+def cuts(comparisons: Iterable[Comparison]) -> list[str]:
+    """Which programs were compared in part, and why."""
+    return [
+        f"{one.name}: {plural(one.compared, 'action')} of {len(one.spec.observations)} compared; {one.cut}"
+        for one in comparisons
+        if one.cut
+    ]
 
 
 def details(one: Comparison, again: str, program: VmmProgram | None = None) -> list[str]:
     """All that is to be said about a scenario that is not equal.
 
     :param again: the command that repeats just this one
+    :param program: what was played, if it is not a listed scenario
     """
     needs = requirements_of(one.name)
     said = [f"{one.verdict.value.upper()}  {one.name}" + (f"  ({needs})" if needs else "")]
@@ -133,13 +143,13 @@ def _end(side: str, outcome: str, text: str) -> list[str]:
     return [f"{head}: {shown[0][:_WIDE]}" if shown else head, *(f"    {line[:_WIDE]}" for line in shown[1:])]
 
 
-def sentence(comparisons: Sequence[Comparison], seconds: dict[str, float], boots: int) -> str:
+def sentence(comparisons: Sequence[Comparison], noun: str, seconds: dict[str, float], boots: int) -> str:
     """One line about the whole run."""
     bad = sum(one.verdict in BAD for one in comparisons)
     equal = sum(one.verdict is Verdict.EQUAL for one in comparisons)
     seen = sum(one.compared for one in comparisons)
     times = ", ".join(f"{side} {spent:.1f} s" for side, spent in seconds.items())
     return (
-        f"{equal:,} of {plural(len(comparisons), 'scenario')} equal, {bad:,} not, "
+        f"{equal:,} of {plural(len(comparisons), noun)} equal, {bad:,} not, "
         f"{seen:,} observations compared; {times}, {plural(boots, 'boot')}"
     )
