@@ -40,6 +40,7 @@ def test_a_line_that_is_no_option_is_refused_with_its_number() -> None:
 def test_later_fragments_win_and_the_rest_stays(base: dict[str, str], other: dict[str, str]) -> None:
     together = config.merged(text(base), text(other))
     assert config.parse(together) == {**base, **other}
+    assert together.count("CONFIG_") == len({**base, **other})
     assert not config.refused(text(other), together)
 
 

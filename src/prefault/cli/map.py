@@ -215,7 +215,8 @@ def _of_files(options: _Options) -> Story:
     files = options["files"]
     if options["diff"] and len(files) != 2:
         raise UsageError(f"--diff compares two FILES, not {len(files)}")
-    named = [(name, list(_read(name))) for name in files]
+    with output.stderr().status("reading tables"):
+        named = [(name, list(_read(name))) for name in files]
     scenes = [Scene(name, _maps(name, dumps, options)) for name, dumps in named]
     if options["diff"] and any(len(scene.tables) != 1 for scene in scenes):
         raise UsageError("--diff compares two tables, but there are several in one of the FILES")

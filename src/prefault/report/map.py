@@ -306,26 +306,13 @@ def _together(pieces: Sequence[Part]) -> Part:
 
 
 def _windows(pieces: Iterable[Part], window: int) -> Iterator[Part]:
-    """What shares an aligned window and a memslot as one; mixed pieces lie in one each."""
+    """What begins in one aligned window, and in one memslot, as one; what is as large as a window stays."""
 
     def place(piece: Part) -> tuple[str, int, bool]:
         return piece.slot, piece.ipa // window, piece.size >= window
 
-    cut = itertools.chain.from_iterable(_cut(piece, window) for piece in pieces)
-    for _, group in itertools.groupby(cut, key=place):
+    for _, group in itertools.groupby(pieces, key=place):
         yield _together(tuple(group))
-
-
-def _cut(piece: Part, window: int) -> Iterator[Part]:
-    """A piece that is all the same, cut where it begins and ends in the middle of windows."""
-    first, last = -(-piece.ipa // window) * window, piece.end // window * window
-    if not piece.pure or first > last:
-        yield piece
-        return
-    (look,) = piece.looks
-    for start, end in ((piece.ipa, first), (first, last), (last, piece.end)):
-        if start < end:
-            yield Part(start, end - start, {look: end - start}, piece.slot)
 
 
 _REGION = 2 << 20
