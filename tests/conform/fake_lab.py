@@ -14,7 +14,7 @@ from prefault.lab.job import Job, JobFile, JobResult
 from prefault.lab.machine import MachineOptions
 from prefault.scenarios import SCENARIOS, perform
 from prefault.scenarios.program import read_programs, scenario
-from prefault.spec import HostConfig, open_spec
+from prefault.spec import Faults, HostConfig, open_spec
 
 FACTS = {
     "page_size": 0x1000,
@@ -31,12 +31,14 @@ class FakeLab:
     """Stands in for ``run_job``.
 
     :ivar config: the host that the fake kernel runs on
+    :ivar faults: bugs of the fake kernel
     :ivar change: told each line before it goes out, to make a bug of it
     :ivar fatal: scenarios that the machine does not survive
     """
 
     def __init__(self) -> None:
         self.config = HostConfig()
+        self.faults = Faults()
         self.facts: dict[str, object] = dict(FACTS)
         self.change: Callable[[Line], None] = lambda line: None
         self.fatal: set[str] = set()
@@ -65,7 +67,7 @@ class FakeLab:
         for one in wanted:
             if one.name in self.fatal:
                 raise LabLost("the lab's machine ended before the job reported")
-            with open_spec(self.config) as kvm:
+            with open_spec(self.config, self.faults) as kvm:
                 line: Line = {**dataclasses.asdict(perform(kvm, one)), "kernel_log": []}
             line = json.loads(json.dumps(line))
             self.change(line)

@@ -116,6 +116,8 @@ def _first_difference(spec: Play, kernel: Play) -> tuple[int, Difference | None,
     for index, (mine, its) in enumerate(_pairs(spec.observations, kernel.observations)):
         if mine == its:
             continue
+        if spec.outcome != kernel.outcome and not (mine and its):
+            return index, None, ""  # one side ended here, and says why
         what = (its or mine or ("", None))[0]
         if mine and its and mine[0] != its[0]:
             return index, Difference(index, what, "name", mine[0], its[0]), ""
@@ -133,7 +135,7 @@ _Observed = tuple[str, object]
 def _pairs(
     mine: tuple[_Observed, ...], its: tuple[_Observed, ...]
 ) -> Iterator[tuple[_Observed | None, _Observed | None]]:
-    """Observations side by side. One that failed has fewer: what the other one went on to see is no news."""
+    """Observations side by side; None where one side has no more."""
     for index in range(max(len(mine), len(its))):
         yield (mine[index] if index < len(mine) else None, its[index] if index < len(its) else None)
 

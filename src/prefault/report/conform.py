@@ -80,7 +80,7 @@ def details(one: Comparison, again: str, program: VmmProgram | None = None) -> l
     if one.difference:
         said += _difference(one.difference)
     elif one.verdict is Verdict.DIFFERENT:
-        said += [f"  all {plural(one.compared, 'observation')} are equal, and the ends differ"]
+        said += [f"  {plural(one.compared, 'observation')} equal, then one side ends otherwise:"]
     said += _end("specification", one.spec.outcome, one.spec.text)
     said += _end("kernel", one.kernel.outcome, one.kernel.text)
     said += [f"  kernel log: {line}" for line in one.splats[:10]]
@@ -121,7 +121,7 @@ def _item(value: object) -> list[str]:
 
 def _text(value: object) -> str:
     if value is None:
-        return "nothing: it had ended before"
+        return "nothing"
     if not isinstance(value, dict):
         return (
             f"{value:#x}"
@@ -137,8 +137,11 @@ def _text(value: object) -> str:
 
 def _end(side: str, outcome: str, text: str) -> list[str]:
     lines = text.strip().splitlines()
-    # Of a traceback, its end says what happened.
-    shown = lines if len(lines) <= 6 else ["…", *lines[-5:]]
+    if text.startswith("Traceback"):
+        # What happened is in its last line, and where in the last file that it names.
+        where = [line.strip() for line in lines if line.strip().startswith("File ")]
+        lines = [lines[-1], *where[-2:]]
+    shown = lines[:6]
     head = f"  {side}: {outcome}"
     return [f"{head}: {shown[0][:_WIDE]}" if shown else head, *(f"    {line[:_WIDE]}" for line in shown[1:])]
 
