@@ -25,7 +25,7 @@ from prefault.machine import (
 from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
 
 PAGES = 64
-ROUNDS = 40
+ROUNDS = 25
 """How often the other side does what it does. Longer races are for `prefault soak`."""
 ELSEWHERE = 2 * DATA
 

@@ -57,10 +57,22 @@ def _same_leaves(stage: Stage, region: MemoryRegion) -> list[Leaf]:
     return found
 
 
-@scenarios("M9", "M1", cases=[(kind,) for kind in _HUGE])
+@scenarios("M9", "M1", cases=[(kind,) for kind in _HUGE if kind != "large-block"])
 def huge_pages_of_every_size_are_mapped_as_by_demand_faults(stage: Stage, kind: str) -> None:
     size = _huge(stage, kind)
     _same_leaves(stage, MemoryRegion(1, DATA, size, Backing.HUGETLB, page_size=size))
+
+
+@scenario("M9", "M1")
+def a_huge_page_of_the_size_of_a_level_1_block_is_one(stage: Stage) -> None:
+    size = _huge(stage, "large-block")
+    vm = _huge_vm(stage, MemoryRegion(1, DATA, size, Backing.HUGETLB, page_size=size))
+    vcpu = stage.vcpu(vm, Marker(0), Walk(DATA, size, size // TOUCHES), Report())
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, size)
+    leaves = stage.leaves(vm)
+    stage.holds([(leaf.level, leaf.size) for leaf in leaves] == [(1, size)], f"mapped {leaves}")
+    stage.holds(stage.faults(vm, vcpu).total == 0, "the guest faulted on memory that is mapped")
 
 
 @scenarios("M9", cases=[(kind,) for kind in _HUGE if kind != "contiguous-pages"])
