@@ -129,7 +129,8 @@ class Cpu:
         pgt = self.mmu.pgt
         if ipa >> pgt.ia_bits:
             raise Abort(ipa, esr | FSC_FAULT)
-        pte, level = pgt.get_leaf(ipa)
+        table, index, level = pgt.find(ipa)
+        pte = table.entries[index]
         if not pte & VALID:
             raise Abort(ipa, esr | FSC_FAULT | level & 3)
         if not pte & AF:
@@ -242,10 +243,7 @@ def _transfer(word: int) -> Operation:
 
     def store(cpu: Cpu, pc: int) -> int:
         pa = cpu.translate(cpu.x[rn] + offset & MASK, Tlb.WRITE, esr | WNR)
-        memory = cpu.memory
-        start = pa & memory.page_size - 1
-        data = (cpu.x[rt] & (1 << 8 * width) - 1).to_bytes(width, "little")
-        memory.frame(pa >> memory.page_shift)[start : start + width] = data
+        cpu.memory.write(pa, (cpu.x[rt] & (1 << 8 * width) - 1).to_bytes(width, "little"))
         return pc + 4
 
     def load(cpu: Cpu, pc: int) -> int:

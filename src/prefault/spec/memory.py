@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Physical memory of the host: page frames with bytes in them, and stage-2 tables.
 
-A frame has bytes only once something other than zero was written. Frame numbers are never given
+A frame has as many bytes as were written so far; what follows is zero. Frame numbers are never given
 out twice, so that a descriptor which points to a freed frame can be told from a good one.
 """
 
@@ -88,11 +88,17 @@ class PhysicalMemory:
             del self.tables[table.pa]
 
     def frame(self, pfn: int) -> bytearray:
-        """The bytes of a frame, to be written."""
-        found = self.frames.get(pfn)
-        if found is None:
-            found = self.frames[pfn] = bytearray(self.page_size)
-        return found
+        """All bytes of a frame, to be written."""
+        return self._up_to(pfn, self.page_size)
+
+    def _up_to(self, pfn: int, size: int) -> bytearray:
+        """The bytes of a frame, at least so many."""
+        frame = self.frames.get(pfn)
+        if frame is None:
+            frame = self.frames[pfn] = bytearray(size)
+        elif len(frame) < size:
+            frame.extend(bytes(size - len(frame)))
+        return frame
 
     def read(self, pa: int, size: int) -> bytes:
         """Bytes that do not cross the end of a frame."""
@@ -100,12 +106,13 @@ class PhysicalMemory:
         if frame is None:
             return bytes(size)
         offset = pa & (self.page_size - 1)
-        return bytes(frame[offset : offset + size])
+        return bytes(frame[offset : offset + size].ljust(size, b"\0"))
 
     def write(self, pa: int, data: bytes) -> None:
         """Write bytes that do not cross the end of a frame."""
         offset = pa & (self.page_size - 1)
-        self.frame(pa >> self.page_shift)[offset : offset + len(data)] = data
+        end = offset + len(data)
+        self._up_to(pa >> self.page_shift, end)[offset:end] = data
 
     def copy(self, source: int, target: int, count: int = 1) -> None:
         """Copy frames."""
@@ -116,5 +123,5 @@ class PhysicalMemory:
 
     def identical(self, one: int, other: int) -> bool:
         """Whether two frames have the same bytes."""
-        nothing = bytes(self.page_size)
-        return self.frames.get(one, nothing) == self.frames.get(other, nothing)
+        left, right = (self.frames.get(pfn, b"").ljust(self.page_size, b"\0") for pfn in (one, other))
+        return left == right

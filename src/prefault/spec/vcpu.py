@@ -98,7 +98,8 @@ class SpecVcpu:
                     return exit_
             except Trap as trap:
                 self._emulate(trap)
-            self._switch_mmu()
+            if self._config.el2:
+                self._switch_mmu()
 
     @property
     def in_nested_context(self) -> bool:
