@@ -281,6 +281,9 @@ class Userfault(Protocol):
     def proceed(self, gpa: int, size: int) -> None:
         """UFFDIO_CONTINUE: map what shared memory has there."""
 
+    def poison(self, gpa: int, size: int) -> None:
+        """UFFDIO_POISON: the pages are lost, as if memory had failed."""
+
     def write_protect(self, gpa: int, size: int, *, protect: bool) -> None:
         """UFFDIO_WRITEPROTECT: ask before pages that are there are written, or no more."""
 

@@ -46,7 +46,7 @@ class uffdio_range(ctypes.Structure):
 
 
 class uffdio_ranged(ctypes.Structure):
-    """struct uffdio_register, uffdio_zeropage and uffdio_continue, which differ in the last name only."""
+    """struct uffdio_register, uffdio_zeropage, uffdio_continue and uffdio_poison, alike but for a name."""
 
     _fields_: ClassVar = (("range", uffdio_range), ("mode", ctypes.c_uint64), ("result", ctypes.c_int64))
 
@@ -91,3 +91,4 @@ UFFDIO_COPY = _ioctl(_READ | _WRITE, 0x03, ctypes.sizeof(uffdio_copy))
 UFFDIO_ZEROPAGE = _ioctl(_READ | _WRITE, 0x04, ctypes.sizeof(uffdio_ranged))
 UFFDIO_WRITEPROTECT = _ioctl(_READ | _WRITE, 0x06, ctypes.sizeof(uffdio_writeprotect))
 UFFDIO_CONTINUE = _ioctl(_READ | _WRITE, 0x07, ctypes.sizeof(uffdio_ranged))
+UFFDIO_POISON = _ioctl(_READ | _WRITE, 0x08, ctypes.sizeof(uffdio_ranged))

@@ -33,6 +33,13 @@ _MODES = {
 }
 """How to register, and the feature that it needs."""
 
+_RANGED = {
+    abi.UFFDIO_REGISTER: "UFFDIO_REGISTER",
+    abi.UFFDIO_ZEROPAGE: "UFFDIO_ZEROPAGE",
+    abi.UFFDIO_CONTINUE: "UFFDIO_CONTINUE",
+    abi.UFFDIO_POISON: "UFFDIO_POISON",
+}
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -77,6 +84,10 @@ class Userfault:
         """UFFDIO_CONTINUE: map what shared memory has there."""
         self._ranged(abi.UFFDIO_CONTINUE, gpa, size)
 
+    def poison(self, gpa: int, size: int) -> None:
+        """UFFDIO_POISON: the pages are lost, as if memory had failed."""
+        self._ranged(abi.UFFDIO_POISON, gpa, size)
+
     def write_protect(self, gpa: int, size: int, *, protect: bool) -> None:
         """UFFDIO_WRITEPROTECT: ask before pages that are there are written, or no more."""
         mode = abi.UFFDIO_WRITEPROTECT_MODE_WP if protect else 0
@@ -89,8 +100,7 @@ class Userfault:
 
     def _ranged(self, number: int, gpa: int, size: int, mode: int = 0) -> None:
         request = abi.uffdio_ranged(abi.uffdio_range(gpa + self._offset, size), mode)
-        name = {abi.UFFDIO_ZEROPAGE: "UFFDIO_ZEROPAGE", abi.UFFDIO_CONTINUE: "UFFDIO_CONTINUE"}
-        self._ioctl(number, request, name.get(number, "UFFDIO_REGISTER"))
+        self._ioctl(number, request, _RANGED[number])
 
     def _ioctl(self, number: int, request: ctypes.Structure, name: str) -> None:
         while True:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from prefault.abi.constants import EHWPOISON
 from prefault.guest.program import EnterL2, L2Mapping, Marker, Read, Report, Walk, Write
 from prefault.machine import (
     Access,
@@ -176,6 +177,44 @@ def a_signal_ends_the_wait_with_progress_or_eintr(stage: Stage, done: int) -> No
     stage.holds(sorted(set(asked)) == _each_page(stage), f"after the signal, asked {asked}")
     stage.leaves(vm)
     _guest_sees(stage, vm, vcpu, sum(gpa for gpa, _ in _each_page(stage)))
+
+
+@scenarios("M13", "M10", cases=[(Backing.PRIVATE,), (Backing.SHARED,)])
+def a_page_that_the_handler_has_lost_is_ehwpoison(stage: Stage, backing: Backing) -> None:
+    vm = stage.vm(_absent(stage, backing))
+    vcpu = stage.vcpu(vm, Marker(0))
+    stage.proceed(vcpu)
+    bad = DATA + 5 * stage.page
+    asked: Asked = []
+    serve = _copying(stage, asked)
+
+    def handler(userfault: Userfault, gpa: int, write: bool) -> None:
+        if gpa == bad:
+            userfault.poison(gpa, stage.page)
+        else:
+            serve(userfault, gpa, write)
+
+    with vm.handle_userfaults(DATA, PAGES * stage.page, UserfaultMode.MISSING, handler):
+        progress = stage.pre_fault_once(vcpu, DATA, PAGES * stage.page)
+        stage.holds((progress.errno, progress.gpa) == (0, bad), f"up to the page that is lost: {progress}")
+        progress = stage.pre_fault_once(vcpu, bad, 2 * stage.page)
+        stage.holds((progress.errno, progress.gpa) == (EHWPOISON, bad), f"a page that is lost: {progress}")
+        stage.pre_fault(vcpu, bad + stage.page, (PAGES - 6) * stage.page)
+    stage.leaves(vm)
+
+
+@scenario("M13", "M9")
+def memory_of_a_handler_comes_in_pages(stage: Stage) -> None:
+    pages = stage.block // stage.page
+    vm = stage.vm(stage.data(pages, Backing.THP, resident=Resident.NOTHING))
+    asked: Asked = []
+    vcpu = stage.vcpu(vm, Marker(0))
+    with vm.handle_userfaults(DATA, stage.block, UserfaultMode.MISSING, _copying(stage, asked, pages // 8)):
+        stage.pre_fault(vcpu, DATA, stage.block)
+    wanted = [(DATA + index * stage.block // 8, False) for index in range(8)]
+    stage.holds(asked == wanted, f"asked {asked}")
+    leaves = stage.leaves(vm)
+    stage.holds(all(leaf.level == 3 for leaf in leaves), "pages that came one by one are a block")
 
 
 @scenarios("M13", "M4", cases=[(False,), (True,)])

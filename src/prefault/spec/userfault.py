@@ -115,6 +115,17 @@ class Context:
         self._wake(hva, size)
         return 0
 
+    def poison(self, hva: int, size: int) -> int:
+        """UFFDIO_POISON: faults find a marker. Mirrors: mfill_atomic_pte_poison()"""
+        for page in range(hva, hva + size, self._mm.page_size):
+            marker = self._mm.memory.allocate()
+            self._mm.memory.poisoned.add(marker)
+            ret = self._install(page, marker, writable=False)
+            if ret:
+                return ret
+        self._wake(hva, size)
+        return 0
+
     def writeprotect(self, hva: int, size: int, *, protect: bool) -> int:
         """UFFDIO_WRITEPROTECT. Mirrors: mwriteprotect_range()"""
         self._mm.uffd_wp_range(hva, hva + size, protect=protect)
@@ -185,6 +196,11 @@ class SpecUserfault:
         """UFFDIO_CONTINUE: map what shared memory has there."""
         with steps.LOCK:
             _served("UFFDIO_CONTINUE", self._context.continue_(gpa + self._offset, size))
+
+    def poison(self, gpa: int, size: int) -> None:
+        """UFFDIO_POISON: the pages are lost, as if memory had failed."""
+        with steps.LOCK:
+            _served("UFFDIO_POISON", self._context.poison(gpa + self._offset, size))
 
     def write_protect(self, gpa: int, size: int, *, protect: bool) -> None:
         """UFFDIO_WRITEPROTECT: ask before pages that are there are written, or no more."""
