@@ -294,7 +294,7 @@ def shell(dry_run: bool, **choices: Unpack[_MachineChoices]) -> None:
     image = image_of(choices) or lab_build.kernel_image()
     folder = runs.dry() if dry_run else runs.new()
     initrd = folder / "initrd.cpio"
-    initrd.write_bytes(rootfs.base().read_bytes() + payload.shell_archive())
+    rootfs.put_initrd(initrd, payload.shell_archive())
     argv = machine.shell_command(_chosen_machine(choices), image, initrd)
     if dry_run:
         click.echo(shlex.join(argv))

@@ -144,8 +144,7 @@ class _Run:
             port=run_dir / "job.frames",
         )
         order = Order(job.argv, job.collect, self._pulse.every)
-        base = rootfs.base().read_bytes()
-        (run_dir / "initrd.cpio").write_bytes(base + payload.archive(order, job.files))
+        rootfs.put_initrd(run_dir / "initrd.cpio", payload.archive(order, job.files))
         (run_dir / "command").write_text(shlex.join(self.argv) + "\n")
 
     def follow(self) -> JobResult:

@@ -8,10 +8,10 @@ costs more than everything else in a short job.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
-import py_compile
+import marshal
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +29,8 @@ PACKAGES = (
     "libffi8",
     "zlib1g",
 )
+_UNCHECKED = 1
+"""Flags of byte code that goes by a hash that nobody checks."""
 LAB_PYTHON_MAGIC = (3495).to_bytes(2, "little") + b"\r\n"
 """importlib.util.MAGIC_NUMBER of Python 3.11: byte code made by another Python is of no use there."""
 
@@ -102,25 +104,21 @@ def byte_code(name: str, source: Path) -> cpio.Entry | None:
     """Byte code of a module as the lab's Python will look for it, or None if this Python cannot make it.
 
     Unchecked: the lab never edits its modules, and a check would cost a stat() and a hash for each.
+    Nothing is written beside the source, which may be read-only, or in use by another run.
+
+    Source: PEP 552, "Deterministic pycs"
     """
     if importlib.util.MAGIC_NUMBER != LAB_PYTHON_MAGIC or not name.endswith(".py"):
         return None
-    compiled = source.parent / f"{source.name}.lab-pyc"
+    text = source.read_bytes()
     try:
-        with contextlib.suppress(py_compile.PyCompileError):
-            py_compile.compile(
-                str(source),
-                cfile=str(compiled),
-                dfile=f"/{name}",
-                doraise=True,
-                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-            )
-            folder, _, file = name.rpartition("/")
-            cached = f"{folder}/__pycache__/{file.removesuffix('.py')}.cpython-311.pyc"
-            return cpio.file(cached, compiled.read_bytes())
-    finally:
-        compiled.unlink(missing_ok=True)
-    return None
+        code = compile(text, f"/{name}", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return None  # The library has modules that are meant not to compile.
+    header = importlib.util.MAGIC_NUMBER + _UNCHECKED.to_bytes(4, "little") + importlib.util.source_hash(text)
+    folder, _, file = name.rpartition("/")
+    cached = f"{folder}/__pycache__/{file.removesuffix('.py')}.cpython-311.pyc"
+    return cpio.file(cached, header + marshal.dumps(code))
 
 
 def _entries(unpacked: Path) -> Iterator[cpio.Entry]:
@@ -167,6 +165,13 @@ def base() -> Path:
             if old != made:
                 old.unlink()
     return made
+
+
+def put_initrd(target: Path, rest: bytes) -> None:
+    """Write what a machine boots from: the root file system, and ``rest`` on top of it."""
+    shutil.copyfile(base(), target)
+    with target.open("ab") as file:
+        file.write(rest)
 
 
 def _make(target: Path) -> None:
