@@ -19,7 +19,7 @@ from pathlib import Path
 
 import prefault
 from prefault.errors import LabError, ToolMissing, UsageError
-from prefault.lab import cache, checks, config, kbuild, rootfs, series, source, tools
+from prefault.lab import cache, checks, config, kbuild, rootfs, series, source, tools, variants
 from prefault.lab.kbuild import Make
 from prefault.lab.progress import Progress, Silent
 from prefault.lab.series import Series
@@ -103,9 +103,9 @@ def current(variant: str | None = None) -> BuiltKernel:
     :param variant: one of VARIANTS; None is the ordinary kernel
     :raises ToolMissing: there is none
     """
-    pointer = cache.root() / "kernel" / "current"
-    if pointer.is_file():
-        folder = _place(pointer.parent / pointer.read_text(), variant)
+    origin = _origin(variant)
+    if origin is not None:
+        folder = _place(origin, variant)
         record = _read_record(folder)
         if record is not None:
             return BuiltKernel(folder, record)
@@ -116,9 +116,19 @@ def current(variant: str | None = None) -> BuiltKernel:
     raise ToolMissing("the lab has no kernel yet: run `prefault lab build`")
 
 
+def _origin(variant: str | None) -> Path | None:
+    """The folder of the source that a variant was built from, if there is one: its own, or the last."""
+    base = variants.base(variant)
+    if base != source.SERIES_VERSION:
+        return source.folder_of(None, base)
+    pointer = cache.root() / "kernel" / "current"
+    return pointer.parent / pointer.read_text() if pointer.is_file() else None
+
+
 def _place(folder: Path, variant: str | None) -> Path:
-    """Where a variant is built, within the folder of a source."""
-    return folder / "variants" / variant if variant else folder
+    """Where a variant is built, within the folder of its source."""
+    shared = variant and variants.base(variant) == source.SERIES_VERSION
+    return folder / "variants" / str(variant) if shared else folder
 
 
 def kernel_image(variant: str | None = None) -> Path:
@@ -199,13 +209,15 @@ def build(
     with cache.locked("kernel"):
         progress.stage("kernel source")
         cache.remove_leftovers(cache.root() / "kernel")
-        origin = source.own(tree) if tree is not None else source.packaged()
+        base = variants.base(variant)
+        origin = source.own(tree) if tree is not None else source.packaged(base)
         recipe = recipe_for(source.version_of(origin.tree), variant=variant)
         folder = _place(origin.folder, variant)
         record = _read_record(folder)
         if record is None or record.inputs() != _wanted(origin, recipe):
             record = _make(origin, recipe, folder, jobs or os.cpu_count() or 1, progress)
-        cache.write_file(cache.root() / "kernel/current", origin.folder.name.encode())
+        if base == source.SERIES_VERSION:
+            cache.write_file(cache.root() / "kernel/current", origin.folder.name.encode())
     return BuiltKernel(folder, record)
 
 
@@ -274,11 +286,12 @@ def commands(
 ) -> tuple[tuple[str, ...], ...]:
     """Command lines that a build from nothing would run, for reading. Nothing is run or fetched."""
     listed: list[tuple[str, ...]] = []
-    folder = source.folder_of(tree)
+    base = variants.base(variant)
+    folder = source.folder_of(tree, base)
     if folder is None:
-        listed.append(("apt-get", "download", source.PACKAGE, f"# from {source.SUITE}"))
+        listed.append(("apt-get", "download", source.package(base), f"# from {source.SUITES[base]}"))
         folder = cache.root() / "kernel/debian-VERSION"
-    version = source.version_of(tree) if tree is not None else source.SERIES_VERSION
+    version = source.version_of(tree) if tree is not None else base
     recipe = recipe_for(version, variant=variant)
     place = _place(folder, variant)
     listed += [("git", "apply", "--whitespace=nowarn", str(patch)) for patch in recipe.series.patches]

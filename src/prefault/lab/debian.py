@@ -101,6 +101,22 @@ def main_mirror() -> str:
     return found
 
 
+def mirror_for(suite: str) -> str:
+    """Address of the mirror for a suite, of this machine's release or of another.
+
+    Security updates have a mirror of their own; the other suites share one.
+
+    :raises ToolMissing: this machine's apt has no such mirror
+    """
+    if not suite.endswith("-security"):
+        return main_mirror()
+    own = f"{codename()}-security"
+    found = mirror_of(own)
+    if found is None:
+        raise ToolMissing(f"apt has no source for Debian's suite {own}: check /etc/apt/sources.list")
+    return found
+
+
 class PrivateApt:
     """An apt of the lab's own, in ``folder``."""
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from prefault.errors import LabError, ToolMissing, UsageError
 from prefault.lab import cache, debian, process
 
-SUITE = "trixie-backports"
 SERIES_VERSION = "7.3"
-PACKAGE = f"linux-source-{SERIES_VERSION}"
+"""What the series is made for in the first place."""
+SUITES = {SERIES_VERSION: "trixie-backports", "6.12": "bookworm-security"}
+"""By kernel version: the suite that has its source as a package."""
 UNPACKED_MIB = 3000
 """The package, the archive in it, and the tree."""
 
@@ -77,52 +78,60 @@ def version_of(tree: Path) -> str:
     return number + found.get("EXTRAVERSION", "")
 
 
-def folder_of(directory: Path | None) -> Path | None:
+def package(base: str) -> str:
+    """The name of Debian's package of a kernel's source."""
+    return f"linux-source-{base}"
+
+
+def folder_of(directory: Path | None, base: str = SERIES_VERSION) -> Path | None:
     """Where a user's tree, or (None) Debian's source, has its place; None if that was not fetched yet."""
     top = cache.root() / "kernel"
     if directory is not None:
         key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
         return top / f"own-{key}"
-    whole = (folder for folder in top.glob("debian-*") if cache.PART not in folder.name)
+    whole = (folder for folder in top.glob(f"debian-{base}.*") if cache.PART not in folder.name)
     return max((folder for folder in whole if (folder / "tree").is_dir()), default=None)
 
 
-def packaged() -> Source:
+def packaged(base: str = SERIES_VERSION) -> Source:
     """Debian's source package, fetched and unpacked if it is not in the cache.
 
+    :param base: one of SUITES
     :raises ToolMissing: it cannot be fetched
     :raises LabError: the disk is full
     """
-    here = folder_of(None)
+    here = folder_of(None, base)
     if here is not None:
         version = (here / "version").read_text()
         return Source(here, version, version)
-    top = cache.root() / "kernel"
+    top, suite = cache.root() / "kernel", SUITES[base]
     cache.need_space(top, UNPACKED_MIB << 20, "the kernel source")
     apt = debian.PrivateApt(
-        cache.root() / "apt" / "kernel",
-        (debian.Source(debian.main_mirror(), SUITE, debian.architecture()),),
+        cache.root() / "apt" / f"kernel-{base}",
+        (debian.Source(debian.mirror_for(suite), suite, debian.architecture()),),
     )
     apt.update()
-    offers = apt.offers(PACKAGE).get(SUITE)
+    offers = apt.offers(package(base)).get(suite)
     if not offers:
-        raise ToolMissing(f"the mirror has no {PACKAGE} in {SUITE}: use `prefault lab build --source DIR`")
+        raise ToolMissing(
+            f"the mirror has no {package(base)} in {suite}: use `prefault lab build --source DIR`"
+        )
     version = offers[0]
     folder = top / f"debian-{version.replace(':', '_')}"  # make takes no colon in a path
     with cache.new_folder(folder) as made:
-        _unpack_package(apt, made)
+        _unpack_package(apt, package(base), made)
         (made / "version").write_text(version)
     return Source(folder, version, version)
 
 
-def _unpack_package(apt: debian.PrivateApt, folder: Path) -> None:
+def _unpack_package(apt: debian.PrivateApt, name: str, folder: Path) -> None:
     with cache.scratch_folder(folder) as work:
-        (package,) = apt.download((PACKAGE,), work)
-        debian.unpack(package, work)
-        package.unlink()
+        (archived,) = apt.download((name,), work)
+        debian.unpack(archived, work)
+        archived.unlink()
         archive = next(iter((work / "usr/src").glob("*.tar.xz")), None)
         if archive is None:
-            raise LabError(f"{PACKAGE} has no source archive in usr/src: has the package changed?")
+            raise LabError(f"{name} has no source archive in usr/src: has the package changed?")
         (folder / "tree").mkdir()
         process.check(
             [
