@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefault.report.units import format_duration, format_size, plural
+from prefault.report.units import exact_size, format_duration, format_size, plural, round_size
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,22 @@ from prefault.report.units import format_duration, format_size, plural
 )
 def test_a_size_is_written_exactly(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "exact", "short"),
+    [
+        (0, "0 B", "0 B"),
+        (4096, "4 KiB", "4 KiB"),
+        ((128 << 20) + 4096, "128 MiB + 4 KiB", "~128 MiB"),
+        ((3 << 30) + (4 << 20), "3 GiB + 4 MiB", "3076 MiB"),
+        ((3 << 30) + 4096, "3 GiB + 4 KiB", "~3 GiB"),
+        ((1 << 50) + (1 << 40) + 7, "1025 TiB + 7 B", "~1025 TiB"),
+        (123_456_789, "117 MiB + 755 KiB + 277 B", "~117.7 MiB"),
+    ],
+)
+def test_a_size_is_added_up_or_rounded(size: int, exact: str, short: str) -> None:
+    assert (exact_size(size), round_size(size)) == (exact, short)
 
 
 @pytest.mark.parametrize(

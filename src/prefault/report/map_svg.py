@@ -16,7 +16,8 @@ from xml.etree.ElementTree import Element, SubElement
 
 from prefault.guest.tables import leaf_size
 from prefault.report.map import Kind, Part, TableMap, cells, regions
-from prefault.report.map_text import describe, format_range, round_size, slots_in, summary
+from prefault.report.map_text import describe, format_range, slots_in, summary
+from prefault.report.units import round_size
 
 ROWS = 24
 CELLS = 256

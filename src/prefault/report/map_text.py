@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefault.report.map import Change, Kind, Look, Part, TableMap, cells, changes, parts, regions
-from prefault.report.units import format_size, plural
+from prefault.report.units import exact_size, format_size, plural, round_size
 from prefault.spec.descriptors import LAST_LEVEL
 
 CELL_ROWS = 2
@@ -20,7 +20,7 @@ LIMIT = 16
 REGIONS = 6
 """A strip shows at most this many regions of the IPA space."""
 
-_HOLE, _MIXED, _OTHER = "hole", "mixed", "other"
+_HOLE, _MIXED = "hole", "mixed"
 _GLYPHS = {
     "block, writable": ("█", "B", "blue"),
     "block, not writable": ("▒", "b", "yellow"),
@@ -168,23 +168,6 @@ def _look_columns(table: TableMap, look: Look, size: int) -> tuple[str, str]:
     if look is None:
         return "hole", ""
     return _leaves(look.level, table.number(look, size)), f"{look.access} {'AF' if look.accessed else '--'}"
-
-
-def exact_size(size: int) -> str:
-    """All of it, in units that people can add: ``128 MiB + 4 KiB``."""
-    terms = [size >> shift << shift & (1 << shift + 10) - 1 for shift in (30, 20, 10, 0)]
-    terms[0] = size >> 30 << 30
-    return " + ".join(format_size(term) for term in terms if term) or format_size(0)
-
-
-def round_size(size: int) -> str:
-    """The exact size if it is short, else four digits of it."""
-    exact = format_size(size)
-    if len(exact) <= len("1234 KiB"):
-        return exact
-    shift = max(shift for shift in (40, 30, 20, 10) if size >> shift or shift == 10)
-    unit = {40: "TiB", 30: "GiB", 20: "MiB", 10: "KiB"}[shift]
-    return f"~{size / (1 << shift):.4g} {unit}"
 
 
 def _address(ipa: int) -> str:

@@ -3,13 +3,30 @@
 
 from __future__ import annotations
 
+_UNITS = (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10))
+
 
 def format_size(size: int) -> str:
     """The shortest exact form: ``4 KiB``, ``32 MiB``, ``4097 B``."""
-    for suffix, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+    for suffix, shift in _UNITS:
         if size and size % (1 << shift) == 0:
             return f"{size >> shift} {suffix}"
     return f"{size} B"
+
+
+def exact_size(size: int) -> str:
+    """All of it, in units that people can add: ``128 MiB + 4 KiB``."""
+    terms = [size >> 30 << 30, *(size >> shift << shift & (1 << shift + 10) - 1 for shift in (20, 10, 0))]
+    return " + ".join(format_size(term) for term in terms if term) or format_size(0)
+
+
+def round_size(size: int) -> str:
+    """The exact size if it is short, else four digits of it: ``1020 GiB``, ``~3.004 GiB``."""
+    exact = format_size(size)
+    if len(exact) <= len("1234 KiB"):
+        return exact
+    unit, shift = next((unit, shift) for unit, shift in _UNITS if size >> shift or shift == _UNITS[-1][1])
+    return f"~{size / (1 << shift):.4g} {unit}"
 
 
 def format_duration(ns: float) -> str:
