@@ -8,8 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from prefault.abi.constants import EHWPOISON
-from prefault.guest.program import DeviceRead, DeviceWrite, Marker, Read, Report, Walk, Write
+from prefault.abi.constants import EHWPOISON, KVM_EXIT_SYSTEM_EVENT
+from prefault.guest.program import DeviceRead, DeviceWrite, Execute, Marker, Read, Report, Walk, Write
 from prefault.machine import (
     Access,
     Advice,
@@ -18,6 +18,7 @@ from prefault.machine import (
     MemoryFault,
     MemoryRegion,
     MmioExit,
+    OtherExit,
     Resident,
     SlotFlags,
     VcpuConfig,
@@ -231,6 +232,34 @@ def a_failed_run_can_be_followed_by_prefaults(stage: Stage) -> None:
     with vm.count_faults() as counts:
         stage.proceed(vcpu)
     stage.holds(counts.total == 0, f"{counts.total} stage-2 faults on memory that is mapped")
+
+
+_SYSTEM_OFF = b"".join(
+    instruction.to_bytes(4, "little")
+    for instruction in (
+        0xD280_0100,  # mov x0, #8
+        0xF2B0_8000,  # movk x0, #0x8400, lsl #16
+        0xD400_0002,  # hvc #0
+    )
+)
+"""PSCI's SYSTEM_OFF, after which there is nothing to return to."""
+
+
+@scenario("M3")
+def a_vcpu_that_is_switched_off_can_prefault(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    vcpu = stage.vcpu(vm, Marker(0), Execute(DATA), Marker(1))
+    vm.write_memory(DATA, _SYSTEM_OFF)
+    stage.proceed(vcpu)
+    off = stage.proceed(vcpu)
+    stage.holds(
+        isinstance(off, OtherExit) and off.reason == KVM_EXIT_SYSTEM_EVENT, f"SYSTEM_OFF came out as {off}"
+    )
+    before = [vcpu.get_register(name) for name in REGISTERS]
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.leaves(vm)
+    after = [vcpu.get_register(name) for name in REGISTERS]
+    stage.holds(before == after, "pre-faulting changed registers of a vCPU that is off")
 
 
 @scenarios("M3", cases=[(width,) for width in (1, 2, 4, 8)])

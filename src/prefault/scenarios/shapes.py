@@ -107,7 +107,7 @@ def progress_inside_a_huge_page_is_cut_to_the_range(stage: Stage, kind: str) -> 
 @scenarios("M7", "M9", cases=[("contiguous-pages",), ("contiguous-blocks",)])
 def logged_huge_pages_are_mapped_by_pages(stage: Stage, kind: str) -> None:
     huge = _huge(stage, kind)
-    size = min(huge, 128 * stage.page)
+    size = min(huge, 2 * stage.block)
     region = MemoryRegion(1, DATA, size, Backing.HUGETLB, flags=SlotFlags.LOG_DIRTY_PAGES, page_size=huge)
     vm = _huge_vm(stage, region)
     vcpu = stage.vcpu(vm, Marker(0), Write(DATA + 7 * stage.page, 1))

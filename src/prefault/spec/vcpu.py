@@ -6,11 +6,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 
-from prefault.abi import arm64
+from prefault.abi import arm64, constants
 from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.guest.compile import FIRST_ARGUMENT
 from prefault.guest.program import MAX_ARGUMENTS, Program
-from prefault.machine import Exit, Failed, Interrupted, PreFaultProgress, VcpuConfig
+from prefault.machine import Exit, Failed, Interrupted, OtherExit, PreFaultProgress, VcpuConfig
 from prefault.spec import nested
 from prefault.spec.abort import AbortHandler, Trace
 from prefault.spec.cpu import EC_HVC, EC_SHIFT, EC_UNKNOWN, IL, Abort, Cpu, Eret, Hvc, Tlbi, Trap, Undefined
@@ -21,6 +21,8 @@ from prefault.spec.steps import LOCK
 _PSTATE_EL1H_MASKED = 0x3C5
 _PSTATE_EL2H_MASKED = 0x3C9
 _HCR_E2H = 1 << 34
+_PSCI_SYSTEM_OFF = 0x8400_0008
+_PSCI_INTERNAL_FAILURE = (1 << 64) - 6
 _NAME = "KVM_PRE_FAULT_MEMORY"
 
 
@@ -97,9 +99,18 @@ class SpecVcpu:
                 if exit_ is not None:
                     return exit_
             except Trap as trap:
+                if isinstance(trap, Hvc) and not self._config.el2 and self.cpu.x[0] == _PSCI_SYSTEM_OFF:
+                    return self._system_off()
                 self._emulate(trap)
             if self._config.el2:
                 self._switch_mmu()
+
+    def _system_off(self) -> Exit:
+        """The one call of PSCI that is known here. Mirrors: kvm_psci_system_off(), kvm_psci_0_2_call()"""
+        self.cpu.x[:4] = [_PSCI_INTERNAL_FAILURE, 0, 0, 0]
+        self.cpu.pc += 4
+        reason = constants.KVM_EXIT_SYSTEM_EVENT
+        return OtherExit(reason, constants.exit_name(reason), (constants.KVM_SYSTEM_EVENT_SHUTDOWN, 0))
 
     @property
     def in_nested_context(self) -> bool:
