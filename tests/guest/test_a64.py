@@ -88,6 +88,8 @@ def _control(draw: st.DrawFn) -> Line:
                 ("isb", a64.isb()),
                 ("dsb sy", a64.dsb()),
                 ("tlbi vmalls12e1", a64.tlbi_vmalls12e1()),
+                (f"tlbi ipas2e1, x{rn}", a64.tlbi_ipas2e1(rn)),
+                (f"tlbi ripas2e1, x{rn}", a64.tlbi_ripas2e1(rn)),
             ]
         )
     )

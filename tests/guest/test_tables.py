@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prefault.errors import UsageError
 from prefault.guest.program import L2Mapping
-from prefault.guest.tables import Stage2Builder, check_granule, identity, leaf_size
+from prefault.guest.tables import Stage2Builder, check_granule, identity, leaf_size, tlbi_range
 
 GRANULES = (0x1000, 0x4000, 0x1_0000)
 START_LEVEL = {0x1000: 1, 0x4000: 1, 0x1_0000: 2}
@@ -121,3 +121,27 @@ def test_identity_fills_only_what_is_missing() -> None:
 def test_only_granules_are_page_sizes() -> None:
     with pytest.raises(UsageError, match="granule"):
         check_granule(0x2000)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "pages", "scale", "number"),
+    [
+        (0x1000, 2, 0, 0),
+        (0x1000, 64, 0, 31),
+        (0x4000, 128, 1, 1),
+        (0x1_0000, 2048, 1, 31),
+        (0x1000, 65536, 2, 31),
+    ],
+)
+def test_a_range_of_a_tlbi_is_its_number_and_scale(
+    page_size: int, pages: int, scale: int, number: int
+) -> None:
+    value = tlbi_range(page_size, 7 * page_size, pages * page_size)
+    assert (value >> 44 & 3, value >> 39 & 31, value & (1 << 37) - 1) == (scale, number, 7)
+    assert (number + 1 << 5 * scale + 1) == pages
+
+
+def test_a_range_that_no_tlbi_has_is_refused() -> None:
+    for pages in (0, 1, 3, 66):
+        with pytest.raises(UsageError, match="range"):
+            tlbi_range(0x1000, 0, pages * 0x1000)

@@ -205,6 +205,16 @@ def tlbi_vmalls12e1() -> int:
     return 0xD50C87DF
 
 
+def tlbi_ipas2e1(rt: int) -> int:
+    """TLBI IPAS2E1, Xt."""
+    return 0xD50C8420 | _register(rt)
+
+
+def tlbi_ripas2e1(rt: int) -> int:
+    """TLBI RIPAS2E1, Xt."""
+    return 0xD50C8440 | _register(rt)
+
+
 def _system(name: str) -> int:
     op0, op1, crn, crm, op2 = SYSTEM_REGISTERS[name]
     return (op0 - 2) << 19 | op1 << 16 | crn << 12 | crm << 8 | op2 << 5

@@ -29,6 +29,8 @@ from prefault.guest.program import (
     Read,
     Report,
     Step,
+    TlbiIpa,
+    TlbiRange,
     Walk,
     Write,
 )
@@ -189,6 +191,10 @@ class _Compiler:
                 self._expect(value)
             case EnterL2():
                 self._enter_l2(step)
+            case TlbiIpa(ipa, level):
+                self._tlbi(a64.tlbi_ipas2e1(0), tables.tlbi_ipa(self._page_size, ipa, level))
+            case TlbiRange(ipa, size):
+                self._tlbi(a64.tlbi_ripas2e1(0), tables.tlbi_range(self._page_size, ipa, size))
             case _:
                 raise TypeError(f"no code for {type(step).__name__}")
 
@@ -271,6 +277,10 @@ class _Compiler:
         asm.emit_to(after, partial(a64.adr, CONTINUATION))
         asm.emit(a64.eret())
         asm.label(after)
+
+    def _tlbi(self, instruction: int, operand: int) -> None:
+        self._asm.load_constant(0, operand)
+        self._asm.emit(a64.dsb(), instruction, a64.dsb(), a64.isb())
 
     def _vmid(self, number: int) -> int:
         """An 8-bit VMID that programs 2 MiB apart do not share: a TLBI is for all tables of a VMID."""

@@ -212,6 +212,32 @@ class EnterL2(Step):
 
 
 @dataclass(frozen=True)
+class TlbiIpa(Step):
+    """As L1, invalidate the leaf at an IPA of the L2 that was entered last: TLBI IPAS2E1.
+
+    :ivar level: level of the leaf in L1's table, as a hint; 0 gives none
+    """
+
+    ipa: int
+    level: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.level <= 3:
+            raise UsageError(f"TlbiIpa: level {self.level} is not in 0 to 3")
+
+
+@dataclass(frozen=True)
+class TlbiRange(Step):
+    """As L1, invalidate a range of IPAs of the L2 that was entered last: TLBI RIPAS2E1.
+
+    ``size`` must be 1 to 32 times 2, 64, 2048 or 65536 pages.
+    """
+
+    ipa: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Program:
     """What a guest does, and where in guest memory its code and tables lie.
 
@@ -231,8 +257,8 @@ class Program:
 
     @property
     def nested(self) -> bool:
-        """Whether the program runs an L2, so that it needs a vCPU with EL2."""
-        return any(isinstance(step, EnterL2) for step in self.steps)
+        """Whether the program has to do with an L2, so that it needs a vCPU with EL2."""
+        return any(isinstance(step, EnterL2 | TlbiIpa | TlbiRange) for step in self.steps)
 
     @property
     def argument_count(self) -> int:

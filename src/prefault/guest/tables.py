@@ -19,6 +19,7 @@ IPA_BITS = 39
 _START_LEVEL = {0x1000: 1, 0x4000: 1, 0x1_0000: 2}
 _SL0 = {0x1000: 1, 0x4000: 2, 0x1_0000: 1}
 _TG0 = {0x1000: 0, 0x4000: 2, 0x1_0000: 1}
+_TLBI_TG = {0x1000: 1, 0x4000: 2, 0x1_0000: 3}
 _FIRST_BLOCK_LEVEL = {0x1000: 1, 0x4000: 2, 0x1_0000: 2}
 
 _VTCR_RES1 = 1 << 31
@@ -44,6 +45,26 @@ def leaf_size(page_size: int, level: int) -> int:
     """Bytes that a leaf of ``level`` maps with a granule."""
     shift = page_size.bit_length() - 1
     return 1 << (shift + (3 - level) * (shift - 3))
+
+
+def tlbi_ipa(page_size: int, ipa: int, level: int) -> int:
+    """The operand of TLBI IPAS2E1. Source: Arm ARM (DDI 0487), C5.5 "TLB maintenance instructions" """
+    hint = _TLBI_TG[page_size] << 46 | level << 44 if level else 0
+    return hint | ipa >> 12
+
+
+def tlbi_range(page_size: int, ipa: int, size: int) -> int:
+    """The operand of TLBI RIPAS2E1.
+
+    :raises UsageError: no range has this size
+    """
+    for scale in range(4):
+        number, rest = divmod(size, page_size << 5 * scale + 1)
+        if not rest and 1 <= number <= 32:
+            return _TLBI_TG[page_size] << 46 | scale << 44 | number - 1 << 39 | ipa // page_size
+    raise UsageError(
+        f"a TLBI has no range of {size:#x} bytes: it is 1 to 32 times 2, 64, 2048 or 65536 pages"
+    )
 
 
 @dataclass

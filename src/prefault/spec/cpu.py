@@ -55,7 +55,17 @@ class Hvc(Trap):
 
 
 class Tlbi(Trap):
-    """TLBI VMALLS12E1 at virtual EL2."""
+    """A TLB invalidation for an L2, at virtual EL2.
+
+    :ivar operation: VMALLS12E1, IPAS2E1 or RIPAS2E1
+    :ivar value: of the register that it names
+    """
+
+    __slots__ = ("operation", "value")
+
+    def __init__(self, operation: str, value: int) -> None:
+        self.operation = operation
+        self.value = value
 
 
 class Undefined(Trap):
@@ -337,6 +347,18 @@ def _trap(kind: type[Trap]) -> Callable[[int], Operation]:
     return lambda word: operation
 
 
+def _tlbi(operation: str) -> Callable[[int], Operation]:
+    def make(word: int) -> Operation:
+        rt = word & 31
+
+        def execute(cpu: Cpu, pc: int) -> int:
+            raise Tlbi(operation, cpu.x[rt])
+
+        return execute
+
+    return make
+
+
 _PATTERNS: tuple[tuple[int, int, Callable[[int], Operation]], ...] = (
     (0x3B00_0000, 0x3900_0000, _transfer),
     (0xFFE0_FC00, 0x8B00_0000, _register_operation(lambda left, right: left + right)),
@@ -352,7 +374,9 @@ _PATTERNS: tuple[tuple[int, int, Callable[[int], Operation]], ...] = (
     (0xFF9F_FC1F, 0xD61F_0000, _branch_register),
     (0xFFFF_FFFF, 0xD69F_03E0, _trap(Eret)),
     (0xFFE0_001F, 0xD400_0002, _trap(Hvc)),
-    (0xFFFF_FFFF, 0xD50C_87DF, _trap(Tlbi)),
+    (0xFFFF_FFFF, 0xD50C_87DF, _tlbi("VMALLS12E1")),
+    (0xFFFF_FFE0, 0xD50C_8420, _tlbi("IPAS2E1")),
+    (0xFFFF_FFE0, 0xD50C_8440, _tlbi("RIPAS2E1")),
     (0xFFFF_F01F, 0xD503_301F, lambda word: lambda cpu, pc: pc + 4),  # ISB, DSB
     (0xFFF0_0000, 0xD530_0000, _mrs),
     (0xFFF0_0000, 0xD510_0000, _msr),

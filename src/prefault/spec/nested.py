@@ -7,10 +7,11 @@ Mirrors: arch/arm64/kvm/nested.c, the TLBI handlers of arch/arm64/kvm/sys_regs.c
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from prefault.spec import descriptors
-from prefault.spec.descriptors import AF, S2AP_R, S2AP_W, VALID, Granule
+from prefault.spec.descriptors import AF, NV_LEVEL, S2AP_R, S2AP_W, VALID, Granule
 from prefault.spec.state import KvmState, S2Mmu
 from prefault.spec.steps import Violation
 from prefault.spec.unmap import kvm_stage2_unmap_range
@@ -24,6 +25,9 @@ HCR_VM = 1 << 0
 VTTBR_CNP = 1 << 0
 FSC_ADDRSZ, FSC_FAULT, FSC_ACCESS, FSC_PERM, FSC_SEA_TTW = 0x00, 0x04, 0x08, 0x0C, 0x14
 
+_SHIFT_OF_TLBI_TG = {1: 12, 2: 14, 3: 16}
+_TTL_TG = {shift: tg for tg, shift in _SHIFT_OF_TLBI_TG.items()}
+_TTL_DEFAULT = 1 << 30
 _GRANULE_OF_TG0 = {0: 12, 1: 16, 2: 14, 3: 16}
 _PS_BITS = (32, 36, 40, 42, 44, 48, 52, 56)
 
@@ -181,10 +185,86 @@ def put_s2_mmu(mmu: S2Mmu) -> None:
         mmu.refcnt -= 1
 
 
-def handle_vmalls12e1(kvm: KvmState, vttbr: int) -> None:
-    """TLBI VMALLS12E1: drop all of every shadow of the VMID. Mirrors: handle_vmalls12e1is()"""
+# TLB invalidation by L1.
+
+
+def kvm_s2_mmu_iterate_by_vmid(kvm: KvmState, vttbr: int, tlbi_callback: Callable[[S2Mmu], None]) -> None:
+    """Mirrors: kvm_s2_mmu_iterate_by_vmid()"""
     kvm.mmu_lock.write_lock()
     for mmu in kvm.nested_mmus:
         if mmu.tlb_vttbr is not None and mmu.tlb_vttbr >> 48 == vttbr >> 48:
-            kvm_stage2_unmap_range(kvm, mmu, 0, 1 << mmu.pgt.ia_bits)
+            tlbi_callback(mmu)
     kvm.mmu_lock.write_unlock()
+
+
+def handle_vmalls12e1(kvm: KvmState, vttbr: int, _: int = 0) -> None:
+    """TLBI VMALLS12E1: drop all of every shadow of the VMID. Mirrors: handle_vmalls12e1is()"""
+    kvm_s2_mmu_iterate_by_vmid(kvm, vttbr, lambda mmu: _s2_mmu_unmap(kvm, mmu, 0, 1 << PA_BITS))
+
+
+def handle_ipas2e1(kvm: KvmState, vttbr: int, value: int) -> None:
+    """TLBI IPAS2E1. Mirrors: handle_ipas2e1is(), s2_mmu_unmap_ipa()"""
+
+    def unmap_ipa(mmu: S2Mmu) -> None:
+        size = compute_tlb_inval_range(mmu, value)
+        _s2_mmu_unmap(kvm, mmu, _ipa_of(value) & -size, size)
+
+    kvm_s2_mmu_iterate_by_vmid(kvm, vttbr, unmap_ipa)
+
+
+def handle_ripas2e1(kvm: KvmState, vttbr: int, value: int) -> None:
+    """TLBI RIPAS2E1. Mirrors: handle_ripas2e1is(), decode_range_tlbi()"""
+    shift = _SHIFT_OF_TLBI_TG.get(value >> 46 & 3, 16)
+    base = (value & (1 << 37) - 1) << shift
+    size = (value >> 39 & 31) + 1 << 5 * (value >> 44 & 3) + 1 + shift
+    if base >> PA_BITS == 0:
+        kvm_s2_mmu_iterate_by_vmid(kvm, vttbr, lambda mmu: _s2_mmu_unmap(kvm, mmu, base, size))
+
+
+def _s2_mmu_unmap(kvm: KvmState, mmu: S2Mmu, ipa: int, size: int) -> None:
+    """Mirrors: s2_mmu_unmap_range()"""
+    end = min(ipa + size, 1 << mmu.pgt.ia_bits)
+    if ipa < end:
+        kvm_stage2_unmap_range(kvm, mmu, ipa, end - ipa)
+
+
+def _ipa_of(value: int) -> int:
+    return (value & (1 << 36) - 1) << 12
+
+
+def compute_tlb_inval_range(mmu: S2Mmu, value: int) -> int:
+    """How much an invalidation by IPA has to drop. Mirrors: compute_tlb_inval_range()"""
+    ttl = value >> 44 & 15 or get_guest_mapping_ttl(mmu, _ipa_of(value))
+    granule = Granule(_GRANULE_OF_TG0[mmu.tlb_vtcr >> 14 & 3])
+    return ttl_to_size(ttl) or granule.size(granule.min_block_level)
+
+
+def get_guest_mapping_ttl(mmu: S2Mmu, ipa: int) -> int:
+    """What the shadow knows of L1's leaf at an IPA, 0 if nothing. Mirrors: get_guest_mapping_ttl()"""
+    granule = Granule(_GRANULE_OF_TG0[mmu.tlb_vtcr >> 14 & 3])
+    for level in range(descriptors.LAST_LEVEL, granule.min_block_level - 1, -1):
+        start = ipa & -granule.size(level)
+        if start >> mmu.pgt.ia_bits:
+            continue
+        pte, _ = mmu.pgt.get_leaf(start)
+        guest_level = (pte & NV_LEVEL) >> 56
+        if pte & VALID and guest_level:
+            ttl = _TTL_TG[granule.page_shift] << 2 | guest_level
+            return ttl if ipa < start + (ttl_to_size(ttl) or _TTL_DEFAULT) else 0
+    return 0
+
+
+def ttl_to_size(ttl: int) -> int:
+    """Bytes that a leaf has by its level, 0 if the hint says nothing. Mirrors: __ttl_to_size()"""
+    shift, level = _SHIFT_OF_TLBI_TG.get(ttl >> 2), ttl & 3
+    if shift is None or level < Granule(shift).min_block_level:
+        return 0
+    return Granule(shift).size(level)
+
+
+HANDLE_TLBI: dict[str, Callable[[KvmState, int, int], None]] = {
+    "VMALLS12E1": handle_vmalls12e1,
+    "IPAS2E1": handle_ipas2e1,
+    "RIPAS2E1": handle_ripas2e1,
+}
+"""By operation: called with L1's VTTBR_EL2 and the register that the instruction names."""

@@ -141,7 +141,7 @@ class SpecVcpu:
         elif isinstance(trap, Hvc) and self.in_nested_context:
             cpu.take_exception(2, EC_HVC << EC_SHIFT | IL, 0, cpu.pc + 4)
         elif isinstance(trap, Tlbi) and cpu.el == 2:
-            nested.handle_vmalls12e1(self._kvm, cpu.system.get("vttbr_el2", 0))
+            nested.HANDLE_TLBI[trap.operation](self._kvm, cpu.system.get("vttbr_el2", 0), trap.value)
             cpu.pc += 4
         elif isinstance(trap, Eret | Hvc | Tlbi | Undefined):
             cpu.take_exception(cpu.el, EC_UNKNOWN << EC_SHIFT | IL, 0, cpu.pc)
