@@ -356,8 +356,8 @@ def selftest(names: tuple[str, ...], timeout: float, **choices: Unpack[_MachineC
 
     Exit status 0 if none failed, 1 if one did, 77 if all were skipped.
     """
-    built = lab_build.current(choices["variant"])
     kernel = image_of(choices)
+    built = lab_build.current(choices["variant"])
     verdicts = {}
     for name in names or built.record.selftests:
         inside = f"/root/{name}"
