@@ -126,6 +126,8 @@ class VmConfig:
     protected: bool = False
     gic: bool = True
     """An in-kernel GICv3; needed for nested vCPUs."""
+    mte: bool = False
+    """KVM_CAP_ARM_MTE: the guest has memory tags."""
 
 
 @dataclass(frozen=True)

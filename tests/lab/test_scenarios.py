@@ -22,14 +22,20 @@ NESTED = {name for name, one in SCENARIOS.items() if "M4" in one.requirements} |
 LARGE = {f"the_top_of_the_ipa_space_can_be_prefaulted[{bits}]" for bits in (49, 52)}
 """Scenarios that need addresses of 52 bits, with which all others take longer."""
 
+TAGS = {name for name in SCENARIOS if name.startswith("guests_with_tags")}
+"""Scenarios that need a machine with memory tags, which makes everything slower."""
+
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
 
 @functools.cache
-def _outcomes(mode: str, names: tuple[str, ...] = (), lpa2: bool = False) -> dict[str, tuple[str, str]]:
+def _outcomes(
+    mode: str, names: tuple[str, ...] = (), lpa2: bool = False, mte: bool = False
+) -> dict[str, tuple[str, str]]:
     """What came of each scenario: (outcome, text)."""
     job = Job(("python3", "-m", "prefault.scenarios", *names), timeout=300)
-    result = run_job(job, MachineOptions(memory_mib=3072, mode=mode, append=HUGE_PAGES, lpa2=lpa2))
+    options = MachineOptions(memory_mib=3072, mode=mode, append=HUGE_PAGES, lpa2=lpa2, mte=mte)
+    result = run_job(job, options)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     found = {str(line["name"]): (str(line["outcome"]), str(line["text"])) for line in lines}
     assert found, f"nothing was reported: {result.stderr.decode()}"
@@ -45,12 +51,17 @@ def test_scenario_holds_with_large_addresses(name: str) -> None:
     assert _outcomes("nested", tuple(sorted(LARGE)), lpa2=True).get(name) == ("passed", "")
 
 
-@pytest.mark.parametrize("name", sorted(set(SCENARIOS) - LARGE))
+@pytest.mark.parametrize("name", sorted(TAGS))
+def test_scenario_holds_with_memory_tags(name: str) -> None:
+    assert _outcomes("nested", tuple(sorted(TAGS)), mte=True).get(name) == ("passed", "")
+
+
+@pytest.mark.parametrize("name", sorted(set(SCENARIOS) - LARGE - TAGS))
 def test_scenario_holds(name: str) -> None:
     assert _came_of(name, "nested") == ("passed", "")
 
 
-@pytest.mark.parametrize("name", sorted(set(SCENARIOS) - NESTED - LARGE))
+@pytest.mark.parametrize("name", sorted(set(SCENARIOS) - NESTED - LARGE - TAGS))
 def test_scenario_holds_without_vhe(name: str) -> None:
     assert _came_of(name, "nvhe") == ("passed", "")
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -23,7 +24,8 @@ LARGE = {
     "64K": HostConfig(page_size=0x1_0000, ipa_limit=52),
 }
 """Hosts with 52-bit addresses, of which most scenarios take no notice."""
-NOT_HERE = re.compile("no [a-z-]+ of a bearable size|IPA spaces have up to 48 bits")
+TAGS = {name: replace(host, mte=True) for name, host in HOSTS.items()}
+NOT_HERE = re.compile("no [a-z-]+ of a bearable size|IPA spaces have up to 48 bits|cannot have memory tags")
 
 
 def _plays(name: str, host: HostConfig) -> None:
@@ -46,3 +48,9 @@ def test_a_listed_scenario_holds(name: str, pages: str) -> None:
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("the_top_of_the_ipa_space")])
 def test_a_listed_scenario_holds_with_large_addresses(name: str, pages: str) -> None:
     _plays(name, LARGE[pages])
+
+
+@pytest.mark.parametrize("pages", list(TAGS))
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("guests_with_tags")])
+def test_a_listed_scenario_holds_with_memory_tags(name: str, pages: str) -> None:
+    _plays(name, TAGS[pages])

@@ -66,12 +66,21 @@ class Vm(Descriptor):
         self._vcpus: list[Vcpu] = []
         self._l2_mappings: list[L2Mapping] = []
         self._run_threads: set[int] = set()
+        if config.mte:
+            self._enable_mte()
         self._gic: Device | None = None
         self._gic_ready = threading.Lock()
         self._gic_pending = False
         if config.gic:
             self._gic = device.create_gic(self)
             self._gic_pending = True
+
+    def _enable_mte(self) -> None:
+        if not self.check_extension(constants.KVM_CAP_ARM_MTE):
+            raise CapabilityMissing(
+                "KVM_CAP_ARM_MTE is 0: guests cannot have memory tags here; boot the lab with --mte"
+            )
+        self.ioctl("KVM_ENABLE_CAP", structures.kvm_enable_cap(cap=constants.KVM_CAP_ARM_MTE))
 
     @property
     def debugfs(self) -> Path:

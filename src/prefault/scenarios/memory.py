@@ -4,7 +4,18 @@
 from __future__ import annotations
 
 from prefault.guest.program import Marker, Read, Report, Walk, Write
-from prefault.machine import Access, Advice, Backing, Leaf, MemoryRegion, MmioExit, Resident, SlotFlags, Vm
+from prefault.machine import (
+    Access,
+    Advice,
+    Backing,
+    Leaf,
+    MemoryRegion,
+    MmioExit,
+    Resident,
+    SlotFlags,
+    Vm,
+    VmConfig,
+)
 from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
 
 PAGES = 16
@@ -119,11 +130,11 @@ def read_only_slots_are_mapped_read_only(stage: Stage, backing: Backing) -> None
     stage.holds(vm.read_memory(DATA, 8) == before, "the write went through")
 
 
-def _same_leaves(stage: Stage, region: MemoryRegion) -> list[Leaf]:
+def _same_leaves(stage: Stage, region: MemoryRegion, config: VmConfig = VmConfig()) -> list[Leaf]:  # noqa: B008 - frozen
     """Map a slot by demand faults in one VM and by pre-faulting in another; the leaves, if equal."""
-    demand = stage.vm(region)
+    demand = stage.vm(region, config=config)
     stage.finish(stage.vcpu(demand, Walk(region.gpa, region.size, stage.page), Report()))
-    ahead = stage.vm(region)
+    ahead = stage.vm(region, config=config)
     stage.pre_fault(stage.vcpu(ahead, Marker(0)), region.gpa, region.size)
     wanted, found = stage.leaves(demand), stage.leaves(ahead)
     stage.holds(wanted == found, f"demand faults give {wanted}, pre-faulting {found}")
@@ -133,6 +144,14 @@ def _same_leaves(stage: Stage, region: MemoryRegion) -> list[Leaf]:
 @scenarios("M1", "M9", cases=[(backing, resident) for backing in EVERY for resident in Resident])
 def prefaulting_maps_what_demand_faults_map(stage: Stage, backing: Backing, resident: Resident) -> None:
     _same_leaves(stage, stage.data(_pages(stage, backing), backing, resident=resident))
+
+
+TAGGED = tuple(backing for backing in EVERY if backing is not Backing.GUEST_MEMFD)
+
+
+@scenarios("M1", "M14", cases=[(backing, resident) for backing in TAGGED for resident in Resident])
+def guests_with_tags_get_what_demand_faults_map(stage: Stage, backing: Backing, resident: Resident) -> None:
+    _same_leaves(stage, stage.data(_pages(stage, backing), backing, resident=resident), VmConfig(mte=True))
 
 
 @scenario("M9")

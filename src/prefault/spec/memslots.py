@@ -142,6 +142,8 @@ def kvm_arch_prepare_memory_region(kvm: KvmState, new: Slot | None) -> int:
         return -errno.EPERM
     if new is None:
         return 0
+    if kvm.mte and new.gmem:
+        return -errno.EINVAL
     if new.base + new.size > 1 << kvm.mmu.pgt.ia_bits:
         return -errno.EFAULT
     pfnmap = any(vma.pfn for vma in kvm.host.mm.vmas_in(new.hva, new.hva + new.size))

@@ -29,6 +29,7 @@ class HostConfig:
     :ivar dic: instruction caches need no maintenance, so that every page is mapped executable
     :ivar nested: kvm-arm.mode=nested on a machine with FEAT_NV2
     :ivar protected: kvm-arm.mode=protected
+    :ivar mte: memory tags, which guests can have, too
     :ivar hugetlb: page sizes of hugetlb; the first is the default
     """
 
@@ -39,6 +40,7 @@ class HostConfig:
     dic: bool = True
     nested: bool = True
     protected: bool = False
+    mte: bool = False
     hugetlb: tuple[int, ...] = (2 << 20, 64 << 10, 32 << 20, 1 << 30)
 
     @functools.cached_property
@@ -163,6 +165,7 @@ class KvmState:
     host: Host
     mmu: S2Mmu
     protected: bool = False
+    mte: bool = False
     slots: tuple[Slot, ...] = ()
     mmu_lock: RwLock = field(default_factory=lambda: RwLock("mmu_lock"))
     slots_lock: RwLock = field(default_factory=lambda: RwLock("slots_lock"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 
+from prefault.abi import constants
 from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.machine import VmConfig
 from prefault.spec.state import Faults, Host, HostConfig
@@ -50,6 +51,10 @@ class SpecKvm:
             raise KvmError("KVM_CREATE_VM", errno.EINVAL, hint=f"machine type {config.ipa_bits:#x}")
         if config.protected and not self.host.config.protected:
             raise CapabilityMissing("this host makes no protected VMs; boot it with kvm-arm.mode=protected")
+        if config.mte and not self.check_extension(constants.KVM_CAP_ARM_MTE):
+            raise CapabilityMissing(
+                "KVM_CAP_ARM_MTE is 0: guests cannot have memory tags here; use HostConfig(mte=True)"
+            )
         vm = SpecVm(self.host, config)
         self._vms.append(vm)
         return vm

@@ -72,7 +72,7 @@ class SpecVm:
         # The hypervisor has one size for all.
         bits = host.config.ipa_limit if host.config.protected else config.ipa_bits or _DEFAULT_IPA_BITS
         mmu = S2Mmu(host.memory, host.config.granule, bits, shadow=False)
-        self.kvm = KvmState(host, mmu, protected=config.protected)
+        self.kvm = KvmState(host, mmu, protected=config.protected, mte=config.mte)
         self._notifier = KvmNotifier(self.kvm)
         host.mm.notifiers.append(self._notifier)
         self._regions: dict[int, _Region] = {}
@@ -373,6 +373,7 @@ def check_extension(host: Host, capability: int) -> int:
         constants.KVM_CAP_ARM_VM_IPA_SIZE: config.ipa_limit,
         constants.KVM_CAP_ARM_EL2: int(config.nested and not config.protected),
         constants.KVM_CAP_ARM_EL2_E2H0: int(config.nested and not config.protected),
+        constants.KVM_CAP_ARM_MTE: int(config.mte),
         constants.KVM_CAP_ARM_PSCI_0_2: 1,
         constants.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 3,
         constants.KVM_CAP_PRE_FAULT_MEMORY: int(not config.protected),
