@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,15 @@ def test_the_picture_is_whole_or_not_there(
     assert f"No space left on device: {picture}" in capsys.readouterr().err
     assert picture.read_bytes() == before
     assert list(tmp_path.iterdir()) == [picture]
+
+
+def test_the_picture_in_the_docs_is_what_the_command_in_the_docs_draws(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    match = re.search(r"This is from `prefault (map .*) --svg map.svg`", (docs / "cli.md").read_text())
+    assert match
+    assert main([*match[1].split(), "--svg", str(tmp_path / "map.svg")]) == 0
+    _, _, drawn = (docs / "map.svg").read_text().partition("\n")  # a line with the licence
+    assert (tmp_path / "map.svg").read_text() == drawn
 
 
 @pytest.mark.parametrize(
