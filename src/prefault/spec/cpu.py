@@ -157,10 +157,15 @@ class Cpu:
         pgt.tlb.pages[ipa >> self._shift] = pa & ~self._mask | allowed
         return pa
 
-    def take_exception(self, el: int, esr: int, far: int, elr: int) -> None:
-        """Enter the vector for a synchronous exception at ``el``. Mirrors: enter_exception64()"""
+    def take_exception(self, el: int, esr: int, far: int | None, elr: int) -> None:
+        """Enter the vector for a synchronous exception at ``el``; only aborts set FAR.
+
+        Mirrors: enter_exception64()
+        """
         name = f"el{el}"
-        self.system |= {f"esr_{name}": esr, f"far_{name}": far, f"elr_{name}": elr}
+        self.system |= {f"esr_{name}": esr, f"elr_{name}": elr}
+        if far is not None:
+            self.system[f"far_{name}"] = far
         self.system[f"spsr_{name}"] = self.pstate
         self.pc = self.system.get(f"vbar_{name}", 0) + (0x200 if el == self.el else 0x400)
         self.el = el

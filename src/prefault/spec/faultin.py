@@ -42,7 +42,7 @@ def hva_to_pfn(mm: Mm, hva: int, *, write: bool, read_only: bool, interruptible:
         return _map_read_writable(mm, hva, pfn, write=write, read_only=read_only)
     if pfn in (-errno.EINTR, -EHWPOISON):
         return pfn
-    return hva_to_pfn_remapped(mm, hva, write=write)
+    return hva_to_pfn_remapped(mm, hva, write=write, read_only=read_only)
 
 
 def _map_read_writable(mm: Mm, hva: int, pfn: int, *, write: bool, read_only: bool) -> Pfn:
@@ -56,12 +56,12 @@ def _map_read_writable(mm: Mm, hva: int, pfn: int, *, write: bool, read_only: bo
     return writable, True, True
 
 
-def hva_to_pfn_remapped(mm: Mm, hva: int, *, write: bool) -> Pfn | int:
+def hva_to_pfn_remapped(mm: Mm, hva: int, *, write: bool, read_only: bool) -> Pfn | int:
     """Mirrors: hva_to_pfn_remapped()"""
     vma = mm.vma_lookup(hva)
     if vma is None or not vma.pfn or (write and not vma.writable):
         return -errno.EFAULT
-    return vma.pfn + (hva - vma.start >> mm.page_shift), vma.writable, False
+    return vma.pfn + (hva - vma.start >> mm.page_shift), vma.writable and not read_only, False
 
 
 def kvm_release_faultin_page(mm: Mm, pfn: int, *, pinned: bool) -> None:

@@ -21,6 +21,9 @@ class Process(Mm):
         """MADV_POPULATE_READ, MADV_POPULATE_WRITE."""
         hva = start
         while hva < end:
+            vma = self.vma_lookup(hva)
+            if vma and vma.pfn:
+                return -errno.EFAULT
             found = self.lookup(hva)
             if found is None or (write and not found[0] & WRITABLE):
                 ret = self.fault(hva, write=write)
@@ -50,6 +53,8 @@ class Process(Mm):
 
     def _dontneed(self, vma: Vma, start: int, end: int) -> int:
         """Mirrors: madvise_dontneed_free()"""
+        if vma.pfn:
+            return -errno.EINVAL
         if vma.hugetlb and vma.file:
             if start & ((1 << vma.file.shift) - 1):
                 return -errno.EINVAL

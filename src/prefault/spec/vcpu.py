@@ -139,12 +139,12 @@ class SpecVcpu:
         if isinstance(trap, Eret) and cpu.el == 2:
             cpu.pstate, cpu.pc = cpu.system.get("spsr_el2", 0), cpu.system.get("elr_el2", 0)
         elif isinstance(trap, Hvc) and self.in_nested_context:
-            cpu.take_exception(2, EC_HVC << EC_SHIFT | IL, 0, cpu.pc + 4)
+            cpu.take_exception(2, EC_HVC << EC_SHIFT | IL, None, cpu.pc + 4)
         elif isinstance(trap, Tlbi) and cpu.el == 2:
             nested.HANDLE_TLBI[trap.operation](self._kvm, cpu.system.get("vttbr_el2", 0), trap.value)
             cpu.pc += 4
         elif isinstance(trap, Eret | Hvc | Tlbi | Undefined):
-            cpu.take_exception(cpu.el, EC_UNKNOWN << EC_SHIFT | IL, 0, cpu.pc)
+            cpu.take_exception(cpu.el, EC_UNKNOWN << EC_SHIFT | IL, None, cpu.pc)
         else:
             raise trap
 

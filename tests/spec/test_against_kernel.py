@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the processor and the host do, where random programs have shown the kernel to do otherwise."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefault.errors import CapabilityMissing, GuestFailed
+from prefault.guest import port
+from prefault.guest.program import Execute, Program
+from prefault.machine import Advice, Backing, MemoryRegion, Resident
+from prefault.spec import open_spec
+
+CODE, DATA, BLOCK = 0x4000_0000, 0x1_0000_0000, 2 << 20
+
+
+def test_an_undefined_instruction_leaves_the_fault_address_as_it_was() -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(0, CODE, BLOCK, resident=Resident.WRITE))
+        vcpu = vm.create_vcpu()
+        program = Program((Execute(DATA),))
+        vm.install(program)
+        vcpu.load(program)
+        with pytest.raises(GuestFailed) as abort:
+            port.proceed(vcpu)
+        assert abort.value.far == DATA
+        vm.set_user_memory_region(MemoryRegion(1, 2 * DATA, BLOCK, resident=Resident.WRITE))
+        program = Program((Execute(2 * DATA),), CODE + 0x10000)
+        vm.install(program)
+        vcpu.load(program)
+        with pytest.raises(GuestFailed) as undefined:
+            port.proceed(vcpu)
+        assert (undefined.value.elr, undefined.value.far) == (2 * DATA, DATA)
+
+
+@pytest.mark.parametrize("advice", [Advice.DONTNEED, Advice.POPULATE_READ, Advice.POPULATE_WRITE])
+def test_a_device_is_neither_dropped_nor_populated(advice: Advice) -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK, Backing.DEVICE))
+        vm.create_vcpu().pre_fault_memory(DATA, BLOCK)
+        before = vm.stage2()
+        with pytest.raises(CapabilityMissing):
+            vm.advise(DATA, 0x1000, advice)
+        assert vm.stage2() == before
