@@ -23,6 +23,12 @@ CAUGHT = [
     ("write_fault", "copy_on_write_is_not_broken", "M6", "memory never written came out writable"),
     ("readonly_ignored", "read_only_slots_are_mapped_read_only", "M8", "has a writable leaf"),
     ("wrong_mmu", "nested_prefault_leaves_shadow_untouched", "M4", "a shadow table changed"),
+    (
+        "shadow_kept",
+        "memory_that_the_host_takes_back_leaves_the_shadows_too",
+        "M4",
+        "shadows without the page",
+    ),
     ("past_range", "progress_inside_a_block_is_cut_to_the_range", "M2", "a part of a block gave"),
     ("mapped_again", "mapped_memory_is_left_as_it_is", "M5", "tried again and again"),
 ]

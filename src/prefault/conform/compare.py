@@ -11,9 +11,7 @@ from typing import cast
 
 from prefault.conform.suite import Play
 from prefault.lab import splat
-
-MISSING = "CapabilityMissing"
-"""What a program records where a machine could not do what it was asked to."""
+from prefault.scenarios.program import COULD_NOT
 
 
 class Verdict(enum.Enum):
@@ -124,7 +122,7 @@ def _first_difference(spec: Play, kernel: Play) -> tuple[int, Difference | None,
         for part, left, right in _parts(mine and mine[1], its and its[1]):
             if left != right:
                 # Huge pages can run out, and the kernel may decline to collapse: no spec can know that.
-                cut = f"the kernel could not: {what}" if right == MISSING else ""
+                cut = f"the kernel {right}" if str(right).startswith(COULD_NOT) else ""
                 return index, None if cut else Difference(index, what, part, left, right), cut
     return len(kernel.observations), None, ""
 

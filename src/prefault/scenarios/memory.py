@@ -130,6 +130,13 @@ def read_only_slots_are_mapped_read_only(stage: Stage, backing: Backing) -> None
     stage.holds(vm.read_memory(DATA, 8) == before, "the write went through")
 
 
+@scenario("M8")
+def read_only_slots_of_a_device_are_mapped_read_only(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES, Backing.DEVICE, resident=Resident.NOTHING, flags=SlotFlags.READONLY))
+    stage.pre_fault(stage.vcpu(vm, Marker(0)), DATA, PAGES * stage.page)
+    stage.holds(not any(leaf.writable for leaf in stage.leaves(vm)), "a read-only slot has a writable leaf")
+
+
 def _same_leaves(stage: Stage, region: MemoryRegion, config: VmConfig = VmConfig()) -> list[Leaf]:  # noqa: B008 - frozen
     """Map a slot by demand faults in one VM and by pre-faulting in another; the leaves, if equal."""
     demand = stage.vm(region, config=config)

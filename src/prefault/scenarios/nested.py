@@ -7,7 +7,7 @@ import errno
 import itertools
 
 from prefault.guest.program import DeviceRead, EnterL2, L2Mapping, Marker, Read, Report, Step, Walk
-from prefault.machine import Backing, Vcpu, VcpuConfig, Vm
+from prefault.machine import Advice, Backing, Vcpu, VcpuConfig, Vm
 from prefault.scenarios.ordinary import delivered
 from prefault.scenarios.scenario import DATA, DEVICE, Stage, scenario, scenarios
 
@@ -122,3 +122,17 @@ def nested_prefault_uses_blocks_of_the_host(stage: Stage) -> None:
     stage.pre_fault(vcpu, DATA, pages * stage.page)
     stage.holds(all(leaf.block for leaf in stage.leaves(vm)), "the canonical table has pages, not blocks")
     stage.see("shadows", vm.nested_stage2())
+
+
+@scenario("M4", "M12")
+def memory_that_the_host_takes_back_leaves_the_shadows_too(stage: Stage) -> None:
+    vm, vcpu = _nested(stage, False, Read(L2), Report(), Marker(1), Read(L2), Report())
+    vm.write_memory(DATA, (0x77).to_bytes(8, "little"))
+    stage.proceed(vcpu)
+    stage.proceed(vcpu)
+    stage.see("shadows", vm.nested_stage2())
+    vm.advise(DATA, stage.page, Advice.DONTNEED)
+    stage.see("shadows without the page", vm.nested_stage2())
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.holds(stage.finish(vcpu) == [0], "L2 saw a page that the host has dropped")
+    stage.see("shadows at the end", vm.nested_stage2())

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from prefault.errors import KvmError, PrefaultError, UsageError
+from prefault.errors import CapabilityMissing, KvmError, PrefaultError, UsageError
 from prefault.guest import port
 from prefault.guest import program as guest
 from prefault.guest.program import RET, EnterL2, Execute, L2Mapping
@@ -46,6 +46,8 @@ from prefault.scenarios.scenario import DATA, Scenario, Stage
 
 VERSION = 1
 PAGE, BLOCK = 0x1000, 2 << 20
+COULD_NOT = "could not"
+"""Begins the result of an action that one machine may decline and another do."""
 MAX_EVENTS = 60
 """How many events a guest has at most until the VMM turns to something else."""
 HOST_DATA = b"prefault" * 3
@@ -429,6 +431,9 @@ class _Player:
             return self._do(action)
         except KvmError as error:
             return f"{type(error).__name__} {error.errno}"
+        except CapabilityMissing as error:
+            reason = str(error).partition(";")[0]
+            return f"{COULD_NOT}: {reason}" if _may_decline(action) else reason
         except PrefaultError as error:
             return type(error).__name__
 
@@ -539,6 +544,13 @@ class _Player:
         if isinstance(standing, MmioExit) and not standing.is_write:
             vcpu.complete_mmio(ANSWER + self._answers)
             self._answers += 1
+
+
+def _may_decline(action: Action) -> bool:
+    """Whether a kernel may be unable to do it, for want of huge pages for instance, without being wrong."""
+    if isinstance(action, Advise):
+        return action.advice in (Advice.COLLAPSE, Advice.POPULATE_READ, Advice.POPULATE_WRITE)
+    return isinstance(action, SetRegion)
 
 
 def _functions(steps: tuple[guest.Step, ...], mappings: tuple[L2Mapping, ...] = ()) -> Iterator[int]:
