@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,45 @@ def test_what_is_read_back_fits_the_granule_of_the_kernel(real: list[TablesResul
                 table = TableMap("table", dump, result.page_size)
                 assert stage2.parse(text) == stage2.merge(dump.leaves)
                 assert sum(leaf.size for leaf in dump.leaves) == table.mapped
+
+
+COPY = """
+import pathlib, shutil
+from prefault.kvm import open_kvm, stage2
+from prefault.scenarios.walk_result import WalkConfig
+from prefault.scenarios.walker import Walker
+
+with open_kvm() as kvm, Walker(kvm, WalkConfig(4 << 20, nested=True, stride=kvm.page_size), 1000) as walker:
+    for _ in walker.stages():
+        pass
+    (folder,) = [one for one in stage2.DEBUGFS_KVM.iterdir() if one.is_dir()]
+    nested = [f"nested/{one.name}" for one in (folder / "nested").iterdir()]
+    for name in ("stage2_page_tables", "ipa_range", *nested):
+        copy = pathlib.Path("/tmp/vm", name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text((folder / name).read_text())
+"""
+
+
+def test_a_vms_folder_copied_from_debugfs_is_drawn(tmp_path: Path) -> None:
+    result = run_job(
+        Job(("python3", "/copy_folder.py"), {"/copy_folder.py": COPY.encode()}, collect=("/tmp/vm",))
+    )
+    assert result.status == 0, result.stderr.decode()
+    for name, data in result.files.items():
+        copy = tmp_path / name.lstrip("/")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(data)
+    argv = (sys.executable, "-m", "prefault", "map", "--json", str(tmp_path / "tmp/vm"))
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    (scene,) = json.loads(ended.stdout)["scenes"]
+    with open_spec() as kvm:
+        expected = tables(kvm, WalkConfig(4 * MIB, nested=True)).stages[-1].tables
+    assert len(scene["tables"]) == len(expected) == 3
+    assert (tmp_path / "tmp/vm/ipa_range").read_text().split() == [str(scene["tables"][0]["ipa_bits"])]
+    leaves = [sum(leaf.size for leaf in stage2.parse(text)) for text in expected]
+    assert [table["mapped_bytes"] for table in scene["tables"]] == leaves
 
 
 def test_the_command_draws_tables_of_the_lab() -> None:
