@@ -57,6 +57,11 @@ def test_a_violation_ends_with_1_and_a_trace_that_can_be_had_again(
     assert ["madvise", "mm.change"] in trace
 
 
+def test_what_is_known_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explore", "l2-remap"]) == ExitCode.DOES_NOT_HOLD
+    assert "This is known" in capsys.readouterr().out
+
+
 def test_a_limit_leaves_orders_out_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explore", "prefault-madvise", "--limit", "50"]) == ExitCode.DONE
     assert "Not all orders of prefault-madvise were followed" in capsys.readouterr().out

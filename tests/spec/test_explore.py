@@ -13,6 +13,7 @@ from prefault.spec import Faults
 from prefault.spec.explore import Exploration, Explorer
 from prefault.spec.races import FAULTS, RACES, world
 from prefault.spec.steps import RwLock, Srcu, Violation, step, wait
+from prefault.spec.userfault import Context
 from prefault.spec.world import Race, RaceWorld
 
 LARGE = {"prefault-write-fork", "prefault-write-madvise", "prefault-write-start-log", "prefault-l2-madvise"}
@@ -37,7 +38,10 @@ def switched_on(*names: str) -> Faults:
     return dataclasses.replace(SOUND, **dict.fromkeys(names, True))
 
 
-@pytest.mark.parametrize("name", sorted(set(RACES) - LARGE))
+KNOWN = {name for name, race in RACES.items() if race.known}
+
+
+@pytest.mark.parametrize("name", sorted(set(RACES) - LARGE - KNOWN))
 def test_no_order_of_a_race_violates_an_invariant(name: str) -> None:
     result = explore(name)
     assert result.found is None
@@ -50,6 +54,11 @@ def test_no_order_of_a_large_race_violates_an_invariant_as_far_as_followed(name:
     result = explore(name, limit=20_000)
     assert result.found is None
     assert not result.complete
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_what_is_known_to_be_wrong_in_linux_is_found(name: str) -> None:
+    assert explore(name).found is not None
 
 
 def test_every_bug_that_can_be_switched_on_is_found_by_a_race() -> None:
@@ -105,6 +114,13 @@ def test_orders_that_are_not_told_apart_lose_no_verdict(name: str, faults: tuple
     assert some.complete == all_.complete
     if some.complete:
         assert some.states < all_.states
+
+
+def test_a_wake_up_that_is_lost_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Context, "_must_wait", lambda *_: True)
+    result = explore("prefault-read-userfault")
+    assert result.found is not None
+    assert "no progress" in result.found.violation
 
 
 def test_a_world_cannot_call_memslots_quiet_that_change() -> None:

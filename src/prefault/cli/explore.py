@@ -97,25 +97,39 @@ def _refuse_contradictions(options: _Options) -> None:
 def _list() -> None:
     abouts = {one.name: str(one.metadata["about"]) for one in dataclasses.fields(Faults)}
     if output.wants_json():
-        races = [{"race": name, "about": race.about, "actors": race.actors} for name, race in RACES.items()]
+        races = [
+            {"race": name, "about": race.about, "actors": race.actors, "known": race.known or None}
+            for name, race in RACES.items()
+        ]
         faults = [{"fault": name, "about": abouts[name], "found_by": race} for name, race in FAULTS.items()]
         output.emit("explore", {"races": races, "faults": faults})
         return
-    table = Table("race", "what races with the pre-fault", "actors", box=None)
+    table = _names("race", "what races with the pre-fault", "actors")
     for name, race in RACES.items():
-        table.add_row(name, race.about, ", ".join(race.actors).replace("_", "-"))
-    bugs = Table("bug", "what is wrong then", "found by", box=None)
+        about = f"{race.about} (not by default: finds what is known)" if race.known else race.about
+        table.add_row(name, about, ", ".join(race.actors).replace("_", "-"))
+    bugs = _names("bug", "what is wrong then", "found by")
     for name, race_name in FAULTS.items():
         bugs.add_row(name, abouts[name], race_name)
     for one in (table, "", bugs):
         output.stdout().print(one)
 
 
+def _names(first: str, *others: str) -> Table:
+    """A list whose first column can be copied."""
+    table = Table(box=None)
+    table.add_column(first, no_wrap=True)
+    for heading in others:
+        table.add_column(heading)
+    return table
+
+
 def _work(options: _Options) -> list[tuple[str, str]]:
     """(race, bug) to explore; the bug may be an empty string."""
     if options["all_faults"]:
         return [(race, fault) for fault, race in FAULTS.items()]
-    return [(race, options["fault"] or "") for race in options["races"] or RACES]
+    races = options["races"] or [name for name, race in RACES.items() if not race.known]
+    return [(race, options["fault"] or "") for race in races]
 
 
 def _explore(options: _Options, progress: Progress) -> Iterator[Explored]:
@@ -155,6 +169,8 @@ def _print_races(explored: Sequence[Explored]) -> None:
             fault = ("--fault", one.fault) if one.fault else ()
             console.print(f"\n{one.race}: {one.result.found.violation}", soft_wrap=True)
             console.print(trace_table(one.result.found))
+            if RACES[one.race].known and not one.fault:
+                console.print(f"This is known: {RACES[one.race].known}.", soft_wrap=True)
             console.print(f"Again: {shlex.join(('prefault', 'explore', one.race, *fault))}", soft_wrap=True)
 
 

@@ -49,6 +49,13 @@ RACES: dict[str, Race] = {
         "a page is taken out of a THP", ("pre_fault", "madvise"), backing=Backing.THP, pages=512
     ),
     "prefault-thp-fork": Race("the VMM forks", ("pre_fault", "fork"), backing=Backing.THP, pages=512),
+    "prefault-userfault": Race("a userfaultfd handler has the page", ("pre_fault", "handler"), _NOTHING),
+    "prefault-read-userfault": Race(
+        "a guest and a pre-fault wait for one page", ("pre_fault", "guest_read", "handler"), _NOTHING
+    ),
+    "prefault-userfault-madvise": Race(
+        "the page is taken again", ("pre_fault", "handler", "madvise"), _NOTHING
+    ),
     "prefault-two-pages": Race("the first of two pages is taken", ("pre_fault_slot", "madvise"), pages=2),
     "prefault-in-l2-madvise": Race(
         "on a vCPU in L2, while the page is taken", ("pre_fault_in_l2", "madvise")
@@ -58,6 +65,13 @@ RACES: dict[str, Race] = {
         "an L2 reads while L1 drops its TLB", ("pre_fault", "l2_read", "tlbi"), _NOTHING
     ),
     "prefault-l2-madvise": Race("an L2 reads while the page is taken", ("pre_fault", "l2_read", "madvise")),
+    "l2-remap": Race(
+        "an L2 reads while L1 gives it another page",
+        ("l2_read", "remap"),
+        pages=2,
+        known="an L2's fault that has walked L1's table is not tried again after L1's TLB invalidation, "
+        "neither here nor in Linux 7.3 (handle_vmalls12e1is(), kvm_handle_guest_abort())",
+    ),
 }
 """By name: who races with the pre-fault, small ones first."""
 

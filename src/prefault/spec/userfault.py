@@ -53,9 +53,16 @@ class Context:
         one = Wait(hva & -self._mm.page_size, write)
         self.waiting.append(one)
         self.messages.put(one)
-        steps.wait("uffd.wait", lambda: one.woken or one.interrupted)
+        if self._must_wait(one.hva):
+            steps.wait("uffd.wait", lambda: one.woken or one.interrupted)
         self.waiting.remove(one)
         return not one.interrupted
+
+    def _must_wait(self, hva: int) -> bool:
+        """Whether it was not served between the fault and here. Mirrors: userfaultfd_must_wait()"""
+        if self._mode is UserfaultMode.WRITE_PROTECT:
+            return hva >> self._mm.page_shift in self._mm.uffd_wp
+        return self._mm.lookup(hva) is None
 
     def _wake(self, hva: int, size: int) -> None:
         """Mirrors: wake_userfault()"""

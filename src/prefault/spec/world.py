@@ -19,15 +19,16 @@ from dataclasses import dataclass, replace
 
 from prefault.guest import port
 from prefault.guest.program import EnterL2, L2Mapping, Marker, Program, Read, Step, Write
-from prefault.machine import Backing, MemoryRegion, MmioExit, Resident, SlotFlags, VcpuConfig
+from prefault.machine import Backing, MemoryRegion, MmioExit, Resident, SlotFlags, UserfaultMode, VcpuConfig
 from prefault.spec.cpu import Cpu
 from prefault.spec.descriptors import S2AP_W, VALID
-from prefault.spec.mm import WRITABLE
-from prefault.spec.nested import handle_vmalls12e1
+from prefault.spec.mm import PFN_SHIFT, WRITABLE
+from prefault.spec.nested import GuestWalk, S2Translation, handle_vmalls12e1
 from prefault.spec.state import Faults, HostConfig, S2Mmu
-from prefault.spec.steps import Violation
+from prefault.spec.steps import Violation, step, wait
 from prefault.spec.system import open_spec
 from prefault.spec.tlb import Tlb
+from prefault.spec.userfault import Context, Wait
 from prefault.spec.vcpu import SpecVcpu
 
 CODE, PAGE, BLOCK = 0x4000_0000, 0x1000, 2 << 20
@@ -39,8 +40,8 @@ _MEMSLOTS = frozenset({"slots.lookup", "srcu.read_lock", "notifier.start", "slot
 """Steps that make a difference only where memslots change."""
 _CHANGE_MEMSLOTS = {"delete", "move", "start_log", "stop_log"}
 _TAKE_AWAY = {"madvise", "fork", "host_write", "ksm", "delete", "move", "mprotect"}
-_WRITE = {"guest_write", "host_write"}
-_ENTER_L2 = {"l2_read", "tlbi", "pre_fault_in_l2"}
+_WRITE = {"guest_write", "host_write", "handler"}
+_ENTER_L2 = {"l2_read", "tlbi", "remap", "pre_fault_in_l2"}
 _ERRORS = {0, errno.EAGAIN, errno.ENOENT, errno.EFAULT}
 """What pre-faulting may end with when its memory is taken away."""
 
@@ -52,6 +53,7 @@ class Race:
     :ivar about: what races, for people
     :ivar actors: names of methods of ``RaceWorld``
     :ivar pages: size of the memslot
+    :ivar known: what is found in it is in Linux, too; why that is no news
     """
 
     about: str
@@ -60,6 +62,7 @@ class Race:
     backing: Backing = Backing.PRIVATE
     flags: SlotFlags = SlotFlags.NONE
     pages: int = 1
+    known: str = ""
 
 
 class RaceWorld:
@@ -83,12 +86,21 @@ class RaceWorld:
         self.vcpus[0].pre_fault_memory(CODE, _CODE_SIZE)
         self.errors: list[int] = []
         self.quiet = frozenset() if _CHANGE_MEMSLOTS & set(race.actors) else _MEMSLOTS
+        self._served = 0
+        """Actors that have what they faulted for."""
+        end = self.hva + PAGE * ("handler" in race.actors)
+        self._context = Context(self.host.mm, self.hva, end, UserfaultMode.MISSING)
         self._prepare(race.actors)
         self._shadowed = {(ipa, pte) for ipa, pte, shadow in self._leaves() if shadow}
         self._slots = self.vm.kvm.slots
         self.actors: dict[str, Callable[[], object]] = {
             name.replace("_", "-"): getattr(self, name) for name in race.actors
         }
+
+    @property
+    def _faulters(self) -> int:
+        """How many actors fault on the memory, and count themselves when they are done."""
+        return len({"pre_fault", "guest_read"} & set(self.race.actors))
 
     def _prepare(self, actors: tuple[str, ...]) -> None:
         """Bring the guest to where its race begins."""
@@ -138,6 +150,7 @@ class RaceWorld:
                 if not self.vm.kvm.mmu.pgt.get_leaf(ipa)[0] & VALID:
                     raise Violation(f"ipa {ipa:#x} was pre-faulted, but is not mapped")
         self.errors.append(progress.errno)
+        self._served += 1
 
     @property
     def _taken_away(self) -> bool:
@@ -204,11 +217,42 @@ class RaceWorld:
         exit_ = self.vcpus[1].run()
         if not isinstance(exit_, MmioExit):
             raise Violation(f"the guest stopped with {exit_}")
+        self._served += 1
+
+    def handler(self) -> None:
+        """The VMM's userfaultfd handler: serves whoever waits, until all have what they came for."""
+        while True:
+            step("uffd.read")
+            wait("uffd.read", lambda: bool(self._unserved()) or self._served == self._faulters)
+            if not self._unserved():
+                return
+            step("uffd.copy")
+            self._context.copy(self.hva, b"\2" * PAGE)
+
+    def _unserved(self) -> list[Wait]:
+        return [one for one in self._context.waiting if not one.woken]
 
     def tlbi(self) -> None:
         """L1 drops what its L2 had."""
         for mmu in self.vm.kvm.nested_mmus[:1]:
             handle_vmalls12e1(self.vm.kvm, mmu.tlb_vttbr or 0)
+
+    def remap(self) -> None:
+        """L1 gives its L2 another page in place of the first one: break, TLBI, make."""
+        where = self._descriptor()
+        made = int.from_bytes(self.vm.read_memory(where, 8), "little") + PAGE
+        self.vm.write_memory(where, bytes(8))
+        self.tlbi()
+        self.vm.write_memory(where, made.to_bytes(8, "little"))
+
+    def _descriptor(self) -> int:
+        """Where L1 has the leaf of its own table for the first page."""
+        vttbr = self.vm.kvm.nested_mmus[0].tlb_vttbr or 0
+        table, shift = vttbr & (1 << 48) - PAGE, 30
+        while shift > 12:
+            entry = int.from_bytes(self.vm.read_memory(table + 8 * (self.data >> shift & 511), 8), "little")
+            table, shift = entry & (1 << 48) - PAGE, shift - 9
+        return table + 8 * (self.data >> 12 & 511)
 
     # What is seen of it.
 
@@ -226,6 +270,7 @@ class RaceWorld:
             tuple([(slot.id, slot.base, slot.flags, self._logged(slot.dirty)) for slot in kvm.slots]),
             (lock.readers, lock.writer, kvm.slots_lock.writer, *kvm.srcu.readers, kvm.srcu.index),
             (kvm.mmu_invalidate_in_progress, kvm.mn_active_invalidate_count, *self.errors),
+            (self._served, *[one.woken for one in self._context.waiting]),
             tuple([_registers(vcpu.cpu) for vcpu in self.vcpus]),
         )
 
@@ -265,6 +310,7 @@ class RaceWorld:
         if done:
             self._check_memslot()
             self._check_log()
+            self._check_shadow()
             self._check_nothing_made_up()
             self._check_nothing_lost()
             self._check_accounts()
@@ -283,7 +329,9 @@ class RaceWorld:
 
     def _check_coherent(self) -> None:
         granule, mm = self.vm.kvm.granule, self.host.mm
-        for ipa, pte, _ in self._leaves():
+        for ipa, pte, shadow in self._leaves():
+            if shadow and "remap" in self.race.actors:
+                continue  # L1's own table says what is right, and L1 is just changing it.
             hva = self.hva + ipa - self.data
             found = mm.lookup(hva)
             if found is None or mm.pfn_of(hva, *found) != granule.to_phys(pte) // PAGE:
@@ -310,6 +358,18 @@ class RaceWorld:
             raise Violation(f"ipa {ipa:#x} is writable in a logged memslot, and the log does not know")
         if slot.dirty.pages and not _WRITE & set(self.race.actors):
             raise Violation(f"the log has pages {sorted(slot.dirty.pages)}, and nobody has written")
+
+    def _check_shadow(self) -> None:
+        """What a shadow has is what L1's own table says."""
+        kvm, mm = self.vm.kvm, self.host.mm
+        for mmu in kvm.nested_mmus if "remap" in self.race.actors else ():
+            pte, _ = mmu.pgt.get_leaf(self.data)
+            walk = GuestWalk(kvm, mmu.tlb_vtcr, mmu.tlb_vttbr or 0)
+            found = walk.walk(self.data) if pte & VALID else None
+            if isinstance(found, S2Translation):
+                entry = mm.lookup(self.hva + found.output - self.data)
+                if entry is None or entry[0] >> PFN_SHIFT != kvm.granule.to_phys(pte) // PAGE:
+                    raise Violation(f"the shadow has {pte:#x}, but L1's own table leads elsewhere by now")
 
     def _check_nothing_made_up(self) -> None:
         mm = self.host.mm
