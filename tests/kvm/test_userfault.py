@@ -6,10 +6,11 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from prefault.errors import CapabilityMissing, PrefaultError
+from prefault.errors import CapabilityMissing, PrefaultError, UsageError
 from prefault.kvm import memory
 from prefault.kvm.userfault import Userfault
 from prefault.machine import Backing, MemoryRegion, UserfaultHandler, UserfaultMode
@@ -100,3 +101,11 @@ def test_serving_elsewhere_is(hva: int) -> None:
         pytest.raises(PrefaultError, match="UFFDIO_ZEROPAGE failed: No such file"),
     ):
         userfault.zero(GPA + (1 << 20), PAGE)
+
+
+def test_other_threads_cannot_have_a_signal_for_whoever_waits(hva: int) -> None:
+    def elsewhere() -> None:
+        Userfault(hva, GPA, PAGE, UserfaultMode.MISSING, lambda userfault, gpa, write: None, PAGE)
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(UsageError, match="main thread only"):
+        pool.submit(elsewhere).result()

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from prefault.abi import userfaultfd as abi
-from prefault.errors import CapabilityMissing, PrefaultError
+from prefault.errors import CapabilityMissing, PrefaultError, UsageError
 from prefault.kvm.descriptor import ioctl
 from prefault.machine import UserfaultHandler, UserfaultMode
 
@@ -52,6 +52,10 @@ class Userfault:
     def __init__(
         self, hva: int, gpa: int, size: int, mode: UserfaultMode, handler: UserfaultHandler, page_size: int
     ) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise UsageError(
+                "faults are handed to a handler from the main thread only, which has the signals"
+            )
         self._offset = hva - gpa
         self._page_mask = -page_size
         self._handler = handler
