@@ -14,6 +14,7 @@ from prefault.cli.main import main
 from prefault.conform import in_lab
 from prefault.errors import ExitCode, ToolMissing
 from prefault.scenarios import SCENARIOS
+from prefault.spec import Faults
 from tests.conform.fake_lab import FakeLab, Line
 from tests.conform.test_in_lab import wrong_leaves
 
@@ -184,3 +185,11 @@ def test_a_random_program_that_differs_is_kept_small_and_can_be_played_again(
     assert "protects" in text
     assert main(["conform", "--program", str(file)]) == ExitCode.DOES_NOT_HOLD
     assert "nothing of the kind" in capsys.readouterr().out
+
+
+def test_cases_that_end_alike_are_told_once(lab: FakeLab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.faults = Faults(readonly_ignored=True)
+    assert main(["conform", "read_only_slots_are_mapped_read_only"]) == ExitCode.DOES_NOT_HOLD
+    text = capsys.readouterr().out
+    assert text.count("DIFFERENT  read_only_slots_are_mapped_read_only") == 1
+    assert "the same: read_only_slots_are_mapped_read_only[shared]" in text

@@ -54,6 +54,8 @@ class _Options(KernelOptions):
     steps: int
     output_folder: Path
     mode: str
+    lpa2: bool
+    mte: bool
     memory: int
     limit: float
 
@@ -89,6 +91,8 @@ class _Options(KernelOptions):
     "--mode", type=click.Choice(MODES), default="nested", show_default=True, help="KVM's mode in the lab."
 )
 @kernel_options
+@click.option("--lpa2", is_flag=True, help="52-bit addresses; nested VMs are slow then.")
+@click.option("--mte", is_flag=True, help="Memory tags; everything is slower then.")
 @click.option("--memory", type=Size(), default="3G", show_default=True, help="Memory of the lab's machine.")
 @click.option(
     "--limit",
@@ -224,6 +228,9 @@ class _Run:
         words += ["--mode", options["mode"]] if options["mode"] != "nested" else []
         words += ["--kernel", str(options["kernel"])] if options["kernel"] else []
         words += ["--variant", options["variant"]] if options["variant"] else []
+        words += [
+            f"--{flag}" for flag, given in (("lpa2", options["lpa2"]), ("mte", options["mte"])) if given
+        ]
         words += ["--memory", f"{options['memory'] >> 20}M"] if options["memory"] != 3 << 30 else []
         return shlex.join(words)
 
@@ -244,6 +251,8 @@ def machine_options(options: _Options) -> MachineOptions:
     return MachineOptions(
         memory_mib=options["memory"] >> 20,
         mode=options["mode"],
+        lpa2=options["lpa2"],
+        mte=options["mte"],
         append=(*in_lab.HUGE_PAGES, *arguments_of(options)),
     )
 
@@ -253,8 +262,9 @@ def _print(run: _Run) -> None:
         output.emit("conform", _json(run))
         return
     console, session = output.stdout(), run.session
-    for one in run.bad:
+    for one, alike in report.grouped(run.bad):
         lines = report.details(one, run.again(one.name), run.programs.get(one.name))
+        lines += [f"  the same: {other.name}" for other in alike]
         console.print("\n".join(lines), markup=False, soft_wrap=True)
         console.print()
     console.print(report.summary(run.comparisons))

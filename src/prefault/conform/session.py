@@ -53,7 +53,8 @@ class Session:
         self.boots += lab.boots
         self.folders += lab.folders
         self.progress.stage(f"{what} on the specification", count)
-        spec = on_spec.play(suite, on_spec.host_config(self.facts), self.progress.step)
+        config = dataclasses.replace(on_spec.host_config(self.facts), mte=self.options.mte)
+        spec = on_spec.play(suite, config, self.progress.step)
         self.seconds["kernel"] += middle - start
         self.seconds["specification"] += time.monotonic() - middle
         found = compare_all(spec, lab.plays)

@@ -51,7 +51,7 @@ def choose(patterns: Iterable[str], requirements: Iterable[str] = ()) -> tuple[s
     patterns, wanted = list(patterns), {one.upper() for one in requirements}
     chosen = set() if patterns else set(SCENARIOS)
     for pattern in patterns:
-        found = [name for name in SCENARIOS if _matches(name, pattern)]
+        found = [name for name in SCENARIOS if matches(name, pattern)]
         if not found:
             raise UsageError(f"no scenario matches {pattern!r}; `prefault conform --list` has them all")
         chosen.update(found)
@@ -64,7 +64,8 @@ def choose(patterns: Iterable[str], requirements: Iterable[str] = ()) -> tuple[s
     return tuple(names)
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern means a scenario."""
     if pattern in (name, name.partition("[")[0]):
         return True
     # Brackets are the case of a scenario here, not a set of characters.

@@ -67,6 +67,15 @@ def cuts(comparisons: Iterable[Comparison]) -> list[str]:
     ]
 
 
+def grouped(comparisons: Iterable[Comparison]) -> list[tuple[Comparison, list[Comparison]]]:
+    """Cases of one law that end in the same way, as the first of them and the others."""
+    groups: dict[tuple[object, ...], list[Comparison]] = {}
+    for one in comparisons:
+        law = one.name.partition("[")[0]
+        groups.setdefault((law, one.verdict, one.kernel.text, one.spec.text), []).append(one)
+    return [(group[0], group[1:]) for group in groups.values()]
+
+
 def details(one: Comparison, again: str, program: VmmProgram | None = None) -> list[str]:
     """All that is to be said about a scenario that is not equal.
 
