@@ -251,18 +251,19 @@ class PageTable:
     def _walk_table(
         self, table: Table, level: int, ipa: int, end: int, leaf: Visit, post: Visit | None
     ) -> None:
-        shift, entries = self._shifts[level], table.entries
-        index = ipa >> shift & self.granule.mask
-        while ipa < end:
-            next_ = min(end, (ipa >> shift) + 1 << shift)
-            pte = entries[index]
+        shift, mask, entries = self._shifts[level], self.granule.mask, table.entries
+        for number in range(ipa >> shift, (end - 1 >> shift) + 1):
+            pte = entries[number & mask]
+            if not pte:
+                continue
+            start = max(ipa, number << shift)
             if self.is_table(pte, level):
-                self._walk_table(self.child(pte), level + 1, ipa, next_, leaf, post)
+                next_ = min(end, number + 1 << shift)
+                self._walk_table(self.child(pte), level + 1, start, next_, leaf, post)
                 if post:
-                    post(table, index, level, ipa)
-            elif pte:
-                leaf(table, index, level, ipa)
-            ipa, index = next_, index + 1
+                    post(table, number & mask, level, start)
+            else:
+                leaf(table, number & mask, level, start)
 
     def unmap(self, ipa: int, size: int) -> int:
         """Mirrors: kvm_pgtable_stage2_unmap()"""
