@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefault.abi.constants import KVM_CAP_PRE_FAULT_MEMORY
 from prefault.errors import CapabilityMissing
 from prefault.guest import port
-from prefault.guest.program import EnterL2, L2Mapping, Marker, Program, Read, Write
+from prefault.guest.program import EnterL2, L2Mapping, Marker, Program, Read, Walk, Write
 from prefault.machine import Backing, Leaf, MemoryRegion, Resident, SlotFlags, VcpuConfig, VmConfig
 from prefault.scenarios.walk import walk
 from prefault.scenarios.walk_result import WalkConfig
@@ -194,6 +195,24 @@ def test_a_protected_host_reports_no_capability_and_refuses_the_ioctl(protected:
         vm.install(program)
         vcpu.load(program)
         assert port.proceed(vcpu) == port.AtMarker(1)
+
+
+def test_a_series_that_knows_pkvm_pre_faults_vms_that_are_not_protected() -> None:
+    with open_spec(HostConfig(protected=True, pkvm_pre_faults=True)) as kvm:
+        vm, protected = kvm.create_vm(), kvm.create_vm(VmConfig(protected=True))
+        for one in (vm, protected):
+            one.set_user_memory_region(MemoryRegion(0, CODE, BLOCK, resident=Resident.WRITE))
+        assert vm.check_extension(KVM_CAP_PRE_FAULT_MEMORY)
+        assert not protected.check_extension(KVM_CAP_PRE_FAULT_MEMORY)
+        vcpu = vm.create_vcpu()
+        program = Program((Walk(CODE + BLOCK // 2, BLOCK // 2, PAGE, 500), Marker(1)))
+        vm.install(program)
+        vcpu.load(program)
+        vcpu.pre_fault_memory(CODE, BLOCK)
+        with vm.count_faults() as faults:
+            assert port.proceed(vcpu) == port.AtMarker(1)
+        assert faults.total == 0
+        assert protected.create_vcpu().pre_fault_memory_once(CODE, PAGE).errno == errno.EOPNOTSUPP
 
 
 def test_the_pages_of_a_protected_guest_are_not_the_hosts_until_it_is_gone() -> None:

@@ -25,6 +25,7 @@ def host_config(facts: Mapping[str, object]) -> HostConfig:
     kinds, hugetlb = facts["vm_kinds"], facts["hugetlb"]
     assert isinstance(kinds, list)
     assert isinstance(hugetlb, dict)
+    protected = any(kind["name"] == "protected" and kind["creatable"] for kind in kinds)
     default = leaf_size(page_size, 2)
     sizes = sorted((int(size) for size in hugetlb), key=lambda size: size != default)
     return HostConfig(
@@ -32,7 +33,8 @@ def host_config(facts: Mapping[str, object]) -> HostConfig:
         ipa_limit=ipa_limit,
         lpa2=ipa_limit > _LPA and page_size != 0x1_0000,
         nested=bool(facts["nested"]),
-        protected=any(kind["name"] == "protected" and kind["creatable"] for kind in kinds),
+        protected=protected,
+        pkvm_pre_faults=protected and can_pre_fault(facts),
         hugetlb=tuple(sizes),
     )
 

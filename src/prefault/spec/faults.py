@@ -84,6 +84,22 @@ def adjust_nested_exec_perms(nested: S2Translation, prot: int) -> int:
     return prot & ~(Prot.X & ~nested.exec)
 
 
+def kvm_fault_lock(kvm: KvmState) -> None:
+    """The mappings of a protected host are a tree that has one writer. Mirrors: kvm_fault_lock()"""
+    if kvm.host.config.protected:
+        kvm.mmu_lock.write_lock()
+    else:
+        kvm.mmu_lock.read_lock()
+
+
+def kvm_fault_unlock(kvm: KvmState) -> None:
+    """Mirrors: kvm_fault_unlock()"""
+    if kvm.host.config.protected:
+        kvm.mmu_lock.write_unlock()
+    else:
+        kvm.mmu_lock.read_unlock()
+
+
 # guest_memfd.
 
 
@@ -97,7 +113,7 @@ def gmem_abort(s2fd: FaultDesc) -> int:
     if pfn < 0:
         return _gmem_error(s2fd, pfn)
     prot = _gmem_prot(s2fd)
-    kvm.mmu_lock.read_lock()
+    kvm_fault_lock(kvm)
     ret = -errno.EAGAIN
     if not kvm.invalidate_retry(seq):
         if s2fd.perm:
@@ -106,7 +122,7 @@ def gmem_abort(s2fd: FaultDesc) -> int:
             phys = pfn << kvm.host.memory.page_shift
             ret = s2fd.mmu.pgt.map(s2fd.fault_ipa & -kvm.page_size, kvm.page_size, phys, prot, kvm.allocate)
     faultin.kvm_release_faultin_page(kvm.host.mm, pfn, pinned=True)
-    kvm.mmu_lock.read_unlock()
+    kvm_fault_unlock(kvm)
     if ret:
         return ret if ret != -errno.EAGAIN else 0
     if prot & Prot.W:
@@ -250,17 +266,17 @@ def kvm_s2_fault_map(s2fd: FaultDesc, s2vi: VmaInfo, prot: int) -> int:
     """Mirrors: kvm_s2_fault_map()"""
     kvm, faults = s2fd.kvm, s2fd.kvm.host.faults
     size = s2vi.size
-    kvm.mmu_lock.read_lock()
+    kvm_fault_lock(kvm)
     ret = -errno.EAGAIN
     if not kvm.invalidate_retry(s2vi.mmu_seq):
         if faults.lock_dropped:
-            kvm.mmu_lock.read_unlock()
-            kvm.mmu_lock.read_lock()
+            kvm_fault_unlock(kvm)
+            kvm_fault_lock(kvm)
         size = _mapping_size(s2fd, s2vi)
         ret = _install(s2fd, s2vi, size, prot) if size > 0 else size
     if not (ret and faults.page_leaked):
         faultin.kvm_release_faultin_page(kvm.host.mm, s2vi.pfn, pinned=s2vi.pinned)
-    kvm.mmu_lock.read_unlock()
+    kvm_fault_unlock(kvm)
     if ret:
         return ret if ret != -errno.EAGAIN else 0
     if prot & Prot.W or (s2fd.prefault and faults.dirty_marked):

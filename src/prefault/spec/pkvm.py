@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hosts with kvm-arm.mode=protected: protected VMs, whose memory the host gives away.
 
-Of a non-protected VM on such a host the spec has the table that the hypervisor would have. Neither
-kind reports KVM_CAP_PRE_FAULT_MEMORY in the series as it is, and debugfs shows no tables.
+Of a non-protected VM on such a host the spec has the table that the hypervisor would have; whether it can
+be pre-faulted is HostConfig.pkvm_pre_faults. Protected VMs cannot. debugfs shows no tables of either.
 
 Mirrors: pkvm_mem_abort() in arch/arm64/kvm/mmu.c
 """

@@ -46,7 +46,7 @@ def kvm_arch_vcpu_pre_fault_check(kvm: KvmState, *, initialised: bool) -> int:
     """Mirrors: kvm_arch_vcpu_pre_fault_check()"""
     if not initialised:
         return -errno.ENOEXEC
-    return -errno.EOPNOTSUPP if kvm.host.config.protected else 0
+    return -errno.EOPNOTSUPP if kvm.protected or not kvm.host.config.pre_faults else 0
 
 
 def kvm_arch_vcpu_pre_fault_memory(kvm: KvmState, gpa: int, size: int) -> int:

@@ -29,6 +29,7 @@ class HostConfig:
     :ivar dic: instruction caches need no maintenance, so that every page is mapped executable
     :ivar nested: kvm-arm.mode=nested on a machine with FEAT_NV2
     :ivar protected: kvm-arm.mode=protected
+    :ivar pkvm_pre_faults: the series pre-faults non-protected VMs on a protected host
     :ivar mte: memory tags, which guests can have, too
     :ivar hugetlb: page sizes of hugetlb; the first is the default
     """
@@ -40,8 +41,14 @@ class HostConfig:
     dic: bool = True
     nested: bool = True
     protected: bool = False
+    pkvm_pre_faults: bool = False
     mte: bool = False
     hugetlb: tuple[int, ...] = (2 << 20, 64 << 10, 32 << 20, 1 << 30)
+
+    @property
+    def pre_faults(self) -> bool:
+        """Whether KVM_PRE_FAULT_MEMORY works here, for VMs that are not protected."""
+        return self.pkvm_pre_faults or not self.protected
 
     @functools.cached_property
     def granule(self) -> Granule:

@@ -173,8 +173,8 @@ class SpecVcpu:
         """
         if not self._can_pre_fault():
             raise CapabilityMissing(
-                "this VM does not report KVM_CAP_PRE_FAULT_MEMORY (236): hosts in protected mode cannot "
-                "pre-fault; use HostConfig(protected=False)"
+                "this VM does not report KVM_CAP_PRE_FAULT_MEMORY (236): a protected VM never does, "
+                "another on a protected host does with HostConfig(pkvm_pre_faults=True)"
             )
         while size:
             progress = self.pre_fault_memory_once(gpa, size)

@@ -46,6 +46,7 @@ _NOT_FOR_PROTECTED_VMS = (
     constants.KVM_CAP_READONLY_MEM,
     constants.KVM_CAP_ONE_REG,
     constants.KVM_CAP_IMMEDIATE_EXIT,
+    constants.KVM_CAP_PRE_FAULT_MEMORY,
 )
 """Mirrors: kvm_pkvm_ext_allowed()"""
 _compile = functools.lru_cache(256)(compile_program)
@@ -376,7 +377,7 @@ def check_extension(host: Host, capability: int) -> int:
         constants.KVM_CAP_ARM_MTE: int(config.mte),
         constants.KVM_CAP_ARM_PSCI_0_2: 1,
         constants.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 3,
-        constants.KVM_CAP_PRE_FAULT_MEMORY: int(not config.protected),
+        constants.KVM_CAP_PRE_FAULT_MEMORY: int(config.pre_faults),
         constants.KVM_CAP_GUEST_MEMFD: 1,
         constants.KVM_CAP_GUEST_MEMFD_FLAGS: 3,
     }
