@@ -9,7 +9,7 @@ that this is faster than to try one after the other, as Hypothesis's own shrinke
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prefault.guest.program import EnterL2, Read, Step, Walk
 from prefault.machine import MemoryRegion, Resident, SlotFlags
@@ -46,21 +46,25 @@ def shrink(
     :param note: told of each round
     """
     tried = {repr(program)}
+    bold: list[VmmProgram] = []
     for number in range(1, MAX_ROUNDS + 1):
-        fresh = _fresh(program, tried)
+        fresh = _fresh([*bold, *smaller(program)], tried)
         if not fresh:
             break
         note(f"round {number}: {len(program.actions)} actions, {len(fresh)} smaller programs")
-        bad = differs(fresh)
-        if bad:
-            program = min((fresh[name] for name in bad), key=weight)
+        winners = [fresh[name] for name in differs(fresh)]
+        bold = []
+        if winners:
+            bold = [_all_at_once(program, winners)]
+            program = min(winners, key=weight)
     return program
 
 
-def _fresh(program: VmmProgram, tried: set[str]) -> dict[str, VmmProgram]:
+def _fresh(candidates: Iterable[VmmProgram], tried: set[str]) -> dict[str, VmmProgram]:
+    """Those that were not tried yet, as many as a round plays."""
     found: dict[str, VmmProgram] = {}
     actions = 0
-    for one in smaller(program):
+    for one in candidates:
         if repr(one) in tried:
             continue
         tried.add(repr(one))
@@ -69,6 +73,21 @@ def _fresh(program: VmmProgram, tried: set[str]) -> dict[str, VmmProgram]:
         if actions > MAX_ACTIONS:
             break
     return found
+
+
+def _all_at_once(program: VmmProgram, winners: list[VmmProgram]) -> VmmProgram:
+    """A program with all that made it smaller, each by itself: often that differs, too."""
+    shorter = [one for one in winners if len(one.actions) < len(program.actions)]
+    simpler = [one.actions for one in winners if len(one.actions) == len(program.actions)]
+    kept = []
+    for index, action in enumerate(program.actions):
+        if all(action in one.actions for one in shorter):
+            other = [actions[index] for actions in simpler if actions[index] != action]
+            kept.append(other[0] if other else action)
+    vcpus = min((one.vcpus for one in winners), default=program.vcpus)
+    el2, e2h0 = (all(getattr(one, name) for one in (program, *winners)) for name in ("el2", "e2h0"))
+    actions = tuple(kept if vcpus > 1 else map(_on_first, kept))
+    return dataclasses.replace(program, actions=actions, vcpus=vcpus, el2=el2, e2h0=e2h0 and el2)
 
 
 def weight(program: VmmProgram) -> tuple[int, int]:
