@@ -196,6 +196,9 @@ def test_the_picture_in_the_docs_is_what_the_command_in_the_docs_draws(tmp_path:
     ("words", "message"),
     [
         (["--svg", "{}/none/map.svg"], "the folder must be there"),
+        (["--svg", "-"], "it must be a file"),
+        (["--svg", "/dev/full"], "it must be a file"),
+        (["/proc/self/mem"], "/proc/self/mem: Input/output error"),
         (["{}/none"], "No such file"),
         (["{}/noise"], "noise, line 2: "),
         (["{}/cut"], "cut, line 4: the row 0x40200000-0x80000000 stands where one from 0x40001000"),

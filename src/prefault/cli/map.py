@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -62,6 +61,9 @@ VM_OPTIONS = (
     *("memory", "mode", "timeout", "kernel", "variant", "dry_run"),
 )
 """Options about a VM that the command makes itself."""
+
+
+STANDARD_INPUT = "standard input"
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,9 @@ def _of_files(options: _Options) -> Story:
         raise UsageError(f"--diff compares two FILES, not {len(files)}")
     with output.stderr().status("reading tables"):
         named = [(name, list(_read(name))) for name in files]
-    scenes = [Scene(name, _maps(name, dumps, options)) for name, dumps in named]
+    scenes = [
+        Scene(STANDARD_INPUT if name == "-" else name, _maps(name, dumps, options)) for name, dumps in named
+    ]
     if options["diff"] and any(len(scene.tables) != 1 for scene in scenes):
         raise UsageError("--diff compares two tables, but there are several in one of the FILES")
     return Story("", tuple(scenes))
@@ -265,38 +269,23 @@ def _numbers(file: Path) -> list[int]:
 
 
 def _dumps(name: str, *, shadow: bool = False) -> list[stage2.Dump]:
-    with _told():
+    """The tables in one file; a shadow MMU may have none."""
+    try:
         if name == "-":
-            return _some(list(stage2.read(sys.stdin, "standard input")), "standard input")
-        try:
+            found = list(stage2.read(sys.stdin, STANDARD_INPUT))
+        else:
             with Path(name).open(errors="backslashreplace") as file:
                 found = list(stage2.read(file, name))
-        except FileNotFoundError:
-            if shadow:
-                return []  # The MMU exists, but has no table yet.
-            raise
-        return found if shadow else _some(found, name)
-
-
-def _some(dumps: list[stage2.Dump], name: str) -> list[stage2.Dump]:
-    if not dumps:
-        raise UsageError(f"{name}: there is no table in it; a table begins with '---[ Guest IPA ]---'")
-    return dumps
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Say of a file that cannot be read why.
-
-    :raises UsageError: instead of OSError
-    """
-    try:
-        yield
+    except FileNotFoundError as error:
+        if shadow:
+            return []
+        raise UsageError(f"{name}: {error.strerror}") from error
     except OSError as error:
-        if error.filename is None:
-            raise
         hint = "; tables of debugfs need root" if isinstance(error, PermissionError) else ""
-        raise UsageError(f"{error.filename}: {error.strerror}{hint}") from error
+        raise UsageError(f"{name}: {error.strerror}{hint}") from error
+    if not found and not shadow:
+        raise UsageError(f"{name}: there is no table in it; a table begins with '---[ Guest IPA ]---'")
+    return found
 
 
 def _maps(name: str, named: list[tuple[str, stage2.Dump]], options: _Options) -> tuple[TableMap, ...]:
@@ -360,7 +349,8 @@ def _differences(story: Story, limit: int) -> Iterator[RenderableType]:
             yield Text()
             name = "" if other.name == "table" else f": {map_text.title(other)}"
             yield Text(f"{before.name} to {after.name}{name} ({map_text.change_line(one, other)})", "bold")
-            yield map_text.change_table(one, other, limit)
+            if changes(one, other):
+                yield map_text.change_table(one, other, limit)
 
 
 def _json(story: Story, *, diff: bool) -> dict[str, object]:
@@ -388,9 +378,8 @@ def _write_svg(story: Story, path: Path) -> None:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file that has its name only when it is whole."""
-    if path.exists() and not path.is_file():  # /dev/stdout
-        path.write_text(text)
-        return
+    if str(path) == "-" or (path.exists() and not path.is_file()):
+        raise UsageError(f"--svg {path}: it must be a file, because it is written beside and renamed")
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text)
