@@ -149,14 +149,18 @@ def test_a_diff_says_what_changed(capsys: pytest.CaptureFixture[str], files: tup
     text = shown(capsys, "--diff", *files, "--width", "160")
     assert f"{files[0]} to {files[1]} (4 KiB mapped)" in text
     assert "+  0x0000_4000_0000-0x0000_4000_1000  4 KiB  hole  page RWX" in text
-    (changes,) = found(capsys, "--diff", *files)["changes"]
-    assert (changes[0]["ipa"], changes[0]["before"], changes[0]["after"]["level"]) == (0x4000_0000, None, 3)
+    (difference,) = found(capsys, "--diff", *files)["changes"]
+    (change,) = difference["changes"]
+    assert (change["ipa"], change["before"], change["after"]["level"]) == (0x4000_0000, None, 3)
 
 
 def test_a_diff_without_files_is_from_moment_to_moment(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "--diff")
     assert "before to pre-faulted: canonical MMU (4 MiB mapped)" in text
     assert "1,024 × page RWX" in text
+    changes = found(capsys, "--diff", "--nested")["changes"]
+    assert [one["table"] for one in changes].count("canonical MMU") == 3
+    assert {one["table"] for one in changes} == {"canonical MMU", "shadow MMU 0", "shadow MMU 1"}
 
 
 def test_all_lists_every_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +218,7 @@ def test_the_picture_in_the_docs_is_what_the_command_in_the_docs_draws(tmp_path:
         (["--mode", "nvhe"], "add --machine lab"),
         (["--size", "4097"], "not a multiple"),
         (["--pid", "0"], "--pid"),
+        (["--pid", "1", "--diff"], "--diff"),
         (["--width", "5"], "--width"),
     ],
 )

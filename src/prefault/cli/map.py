@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -61,7 +62,6 @@ VM_OPTIONS = (
     *("memory", "mode", "timeout", "kernel", "variant", "dry_run"),
 )
 """Options about a VM that the command makes itself."""
-
 
 STANDARD_INPUT = "standard input"
 
@@ -144,6 +144,8 @@ def _story(options: _Options) -> Story | None:
             raise UsageError(
                 f"{', '.join(named) or '--pid'}: FILES are tables already; leave one of the two out"
             )
+        if pid and options["diff"]:
+            raise UsageError("--diff: VMs of a process are no moments of one; save a dump now and one later")
         return _of_process(pid, options) if pid else _of_files(options)
     refuse_lab_options(options["machine"])
     if options["page_size"] and options["machine"] != "spec":
@@ -205,7 +207,8 @@ def _of_walk(result: TablesResult, options: _Options) -> Story:
             for number, dump in enumerate(dumps)
         ]
         scenes.append(Scene(stage.name, tuple(maps)))
-    remarks = (f"On the real kernel: {same_in_lab()}",) if options["machine"] == "spec" else ()
+    again = options["machine"] == "spec" and not options["page_size"]  # the lab has its own
+    remarks = (f"On the real kernel: {same_in_lab()}",) if again else ()
     facts = (("machine", options["machine"]), ("config", result.config.to_json()), ("slots", result.slots))
     return Story(describe(result.config), tuple(scenes), remarks, facts)
 
@@ -343,14 +346,20 @@ def _heading(scene: Scene, number: int, before: Scene | None) -> str:
     return heading
 
 
-def _differences(story: Story, limit: int) -> Iterator[RenderableType]:
-    for before, after in zip(story.scenes, story.scenes[1:], strict=False):
+def _pairs(story: Story) -> Iterator[tuple[Scene, Scene, TableMap, TableMap]]:
+    """Each table of each moment with what it was at the moment before."""
+    for before, after in itertools.pairwise(story.scenes):
         for one, other in zip(before.tables, after.tables, strict=False):
-            yield Text()
-            name = "" if other.name == "table" else f": {map_text.title(other)}"
-            yield Text(f"{before.name} to {after.name}{name} ({map_text.change_line(one, other)})", "bold")
-            if changes(one, other):
-                yield map_text.change_table(one, other, limit)
+            yield before, after, one, other
+
+
+def _differences(story: Story, limit: int) -> Iterator[RenderableType]:
+    for before, after, one, other in _pairs(story):
+        yield Text()
+        name = "" if other.name == "table" else f": {map_text.title(other)}"
+        yield Text(f"{before.name} to {after.name}{name} ({map_text.change_line(one, other)})", "bold")
+        if changes(one, other):
+            yield map_text.change_table(one, other, limit)
 
 
 def _json(story: Story, *, diff: bool) -> dict[str, object]:
@@ -361,8 +370,13 @@ def _json(story: Story, *, diff: bool) -> dict[str, object]:
     ]
     if diff:
         found["changes"] = [
-            [change_json(change) for change in changes(before.tables[0], after.tables[0])]
-            for before, after in zip(story.scenes, story.scenes[1:], strict=False)
+            {
+                "before": before.name,
+                "after": after.name,
+                "table": other.name,
+                "changes": [change_json(change) for change in changes(one, other)],
+            }
+            for before, after, one, other in _pairs(story)
         ]
     return found
 
