@@ -69,6 +69,8 @@ class Advice(enum.Enum):
     NOHUGEPAGE = "nohugepage"
     HWPOISON = "hwpoison"
     """Declare the pages broken, as a memory error would."""
+    SOFT_OFFLINE = "soft-offline"
+    """Migrate the pages to other frames; those that they had are not used again."""
     MERGEABLE = "mergeable"
     """Let KSM merge equal pages, in its own time."""
 

@@ -32,6 +32,7 @@ _ADVICE = {
     Advice.HUGEPAGE: mapping.MADV_HUGEPAGE,
     Advice.NOHUGEPAGE: mapping.MADV_NOHUGEPAGE,
     Advice.MERGEABLE: mapping.MADV_MERGEABLE,
+    Advice.SOFT_OFFLINE: mapping.MADV_SOFT_OFFLINE,
 }
 _PROTECTION = {Access.NONE: 0, Access.READ: mmap.PROT_READ, Access.WRITE: mmap.PROT_READ | mmap.PROT_WRITE}
 

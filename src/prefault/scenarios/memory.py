@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from prefault.guest.port import Reported
 from prefault.guest.program import Marker, Read, Report, Walk, Write
 from prefault.machine import (
     Access,
@@ -302,6 +303,29 @@ def pages_merged_by_ksm_are_mapped_read_only(stage: Stage) -> None:
     stage.holds(values == [0x22, same], f"the guest read {values}: its write reached another page")
     stage.holds(counts.permission == 1, f"a write to a merged page gave {counts}")
     stage.leaves(vm)
+
+
+_MOVABLE = (Backing.PRIVATE, Backing.SHARED, Backing.FILE_PRIVATE, Backing.FILE_SHARED)
+
+
+@scenarios("M12", cases=[(backing,) for backing in _MOVABLE])
+def migrated_pages_are_mapped_where_they_are_now(stage: Stage, backing: Backing) -> None:
+    vm = stage.vm(stage.data(PAGES, backing))
+    moved = DATA + 3 * stage.page
+    vm.write_memory(moved, (0x99).to_bytes(8, "little"))
+    vcpu = stage.vcpu(vm, Marker(0), Read(moved), Report(), Write(moved, 0x55), Marker(1))
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    vm.advise(moved, 2 * stage.page, Advice.SOFT_OFFLINE)
+    left = sum(leaf.size for leaf in stage.leaves(vm))
+    stage.holds(left == (PAGES - 2) * stage.page, "pages that are elsewhere have leaves, or others have none")
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.leaves(vm)
+    with vm.count_faults() as counts:
+        stage.holds(stage.proceed(vcpu) == Reported(0x99), "the guest does not see what was in the page")
+        stage.proceed(vcpu)
+    stage.see("faults", counts.total)
+    stage.holds(vm.read_memory(moved, 1) == b"\x55", "the guest wrote to where the page was")
 
 
 _TRACKED = (Backing.PRIVATE, Backing.SHARED, Backing.FILE_PRIVATE, Backing.FILE_SHARED, Backing.THP)

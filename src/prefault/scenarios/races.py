@@ -7,10 +7,11 @@ import errno
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
+from prefault.errors import CapabilityMissing
 from prefault.guest.program import Marker, Report, Walk, Write
 from prefault.machine import (
     Access,
@@ -82,6 +83,28 @@ def no_stale_leaf_after_pages_were_dropped_meanwhile(stage: Stage) -> None:
     stage.leaves(vm)
     values = stage.finish(vcpu)
     stage.holds(values == [0], f"the guest read {values} from pages that the host has dropped")
+
+
+@scenarios("M12", cases=[(Backing.PRIVATE,), (Backing.SHARED,)])
+def pages_can_migrate_meanwhile(stage: Stage, backing: Backing) -> None:
+    vm = stage.vm(stage.data(PAGES, backing))
+    size, some = PAGES * stage.page, PAGES // 16 * stage.page
+    vcpu = stage.vcpu(vm, Marker(0), _walk(stage, 1000), Marker(1))
+    stage.proceed(vcpu)
+
+    def migrate() -> None:
+        with suppress(CapabilityMissing):  # A page that is in somebody's hands stays where it is.
+            vm.advise(DATA, some, Advice.SOFT_OFFLINE)
+
+    _hold(stage, _meanwhile(migrate, partial(_all_of, vcpu, DATA, size)), {0})
+    stage.pre_fault(vcpu, DATA, size)
+    stage.leaves(vm)
+    with vm.count_faults() as counts:
+        stage.proceed(vcpu)
+    stage.holds(counts.total == 0, f"{counts.total} stage-2 faults on memory that is mapped")
+    for gpa in range(DATA, DATA + size, stage.page):
+        found = int.from_bytes(vm.read_memory(gpa, 8), "little")
+        stage.holds(found == gpa, f"the guest's write to {gpa:#x} is not where the page is")
 
 
 def _take_and_give_access(vm: Vm, gpa: int, size: int) -> None:

@@ -60,6 +60,8 @@ def advise(host: Host, hva: int, size: int, advice: Advice) -> None:
             error = mm.collapse(hva, end)
         case Advice.HUGEPAGE | Advice.NOHUGEPAGE:
             error = mm.advise_hugepage(hva, end, wanted=advice is Advice.HUGEPAGE)
+        case Advice.SOFT_OFFLINE:
+            error = next((ret for page in range(hva, end, mm.page_size) if (ret := mm.soft_offline(page))), 0)
         case Advice.HWPOISON:
             error = next((ret for page in range(hva, end, mm.page_size) if (ret := mm.poison(page))), 0)
     if error:

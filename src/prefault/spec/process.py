@@ -278,6 +278,28 @@ class Process(Mm):
             self.memory.poisoned.add(pfn)
         return 0
 
+    def soft_offline(self, hva: int) -> int:
+        """MADV_SOFT_OFFLINE: migrate a small page; 0 or a negative errno.
+
+        Mirrors: soft_offline_in_use_page(), try_to_migrate(), remove_migration_ptes()
+        """
+        ret = self.populate(hva, hva + self.page_size, write=False)
+        self._split_pmd(hva)
+        found, vma = self.lookup(hva), self.vma_lookup(hva)
+        if ret or found is None or vma is None:
+            return ret or -errno.EFAULT
+        entry, shift = found
+        if self._is_zero(entry) or shift != self.page_shift:
+            return -errno.EBUSY
+        with self._invalidation(hva, hva + self.page_size):
+            old, new = entry >> PFN_SHIFT, self.memory.allocate()
+            self.memory.copy(old, new)
+            if vma.file and vma.file.pages.get(self.index(vma, hva)) == old:
+                vma.file.pages[self.index(vma, hva)] = new
+            self.ptes[shift][hva >> shift] = new << PFN_SHIFT | entry & WRITABLE
+            self.memory.free(old)
+        return 0
+
     def collapse(self, start: int, end: int) -> int:
         """MADV_COLLAPSE on private anonymous memory; 0 or a negative errno. Mirrors: collapse_huge_page()"""
         size = 1 << self.pmd_shift
