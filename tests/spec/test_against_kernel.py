@@ -8,7 +8,7 @@ import pytest
 from prefault.errors import CapabilityMissing, GuestFailed
 from prefault.guest import port
 from prefault.guest.program import Execute, Program
-from prefault.machine import Advice, Backing, MemoryRegion, Resident
+from prefault.machine import Access, Advice, Backing, MemoryRegion, Resident
 from prefault.spec import open_spec
 
 CODE, DATA, BLOCK = 0x4000_0000, 0x1_0000_0000, 2 << 20
@@ -42,3 +42,15 @@ def test_a_device_is_neither_dropped_nor_populated(advice: Advice) -> None:
         with pytest.raises(CapabilityMissing):
             vm.advise(DATA, 0x1000, advice)
         assert vm.stage2() == before
+
+
+def test_populating_says_whether_the_range_or_the_right_is_missing() -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK))
+        vm.unmap(DATA, 0x1000)
+        vm.protect(DATA + 0x1000, 0x1000, Access.READ)
+        vm.advise(DATA + 0x1000, 0x1000, Advice.POPULATE_READ)
+        with pytest.raises(CapabilityMissing, match="Cannot allocate memory"):
+            vm.advise(DATA, 0x1000, Advice.POPULATE_READ)
+        with pytest.raises(CapabilityMissing, match="Invalid argument"):
+            vm.advise(DATA + 0x1000, 0x1000, Advice.POPULATE_WRITE)

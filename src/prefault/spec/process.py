@@ -22,8 +22,10 @@ class Process(Mm):
         hva = start
         while hva < end:
             vma = self.vma_lookup(hva)
-            if vma and vma.pfn:
-                return -errno.EFAULT
+            if vma is None:
+                return -errno.ENOMEM
+            if vma.pfn or not (vma.writable if write else vma.readable):
+                return -errno.EINVAL
             found = self.lookup(hva)
             if found is None or (write and not found[0] & WRITABLE):
                 ret = self.fault(hva, write=write)
