@@ -75,6 +75,17 @@ def test_what_the_kernel_could_not_do_ends_the_comparison_without_a_difference()
     assert "could not: madvise failed" in found.cut
 
 
+def test_two_reasons_not_to_do_something_are_a_difference_but_for_collapsing() -> None:
+    for what, verdict in (("MADV_POPULATE_READ", Verdict.DIFFERENT), ("MADV_COLLAPSE", Verdict.EQUAL)):
+        plays = [
+            Play(
+                "p", "passed", observations=(("1.", {"result": f"could not: madvise({what}) failed: {why}"}),)
+            )
+            for why in ("EINVAL", "EAGAIN")
+        ]
+        assert compare(plays[0], plays[1]).verdict is verdict
+
+
 def test_what_the_specification_alone_cannot_do_is_a_difference() -> None:
     mine, its = (("1.", {"result": "could not: madvise failed"}),), (("1.", {"result": "done"}),)
     found = compare(Play("p", "passed", observations=mine), Play("p", "passed", observations=its))

@@ -122,9 +122,16 @@ def _first_difference(spec: Play, kernel: Play) -> tuple[int, Difference | None,
         for part, left, right in _parts(mine and mine[1], its and its[1]):
             if left != right:
                 # Huge pages can run out, and the kernel may decline to collapse: no spec can know that.
-                cut = f"the kernel {right}" if str(right).startswith(COULD_NOT) else ""
+                cut = f"the kernel {right}" if _declined(left, right) else ""
                 return index, None if cut else Difference(index, what, part, left, right), cut
     return len(kernel.observations), None, ""
+
+
+def _declined(spec: object, kernel: object) -> bool:
+    """Whether only the kernel could not do something. Why it does not collapse is for nobody to know."""
+    if not str(kernel).startswith(COULD_NOT):
+        return False
+    return not str(spec).startswith(COULD_NOT) or "MADV_COLLAPSE" in str(kernel)
 
 
 _Observed = tuple[str, object]
