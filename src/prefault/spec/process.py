@@ -220,18 +220,17 @@ class Process(Mm):
 
     def _merge_two_pages(self, one: int, other: int) -> None:
         """Mirrors: try_to_merge_two_pages()"""
-        stable, pfn = self._write_protect_page(one), self._write_protect_page(other)
-        if stable is None or pfn is None or stable == pfn:
-            return
-        if self.mapcount[stable] < 2:
-            # KSM's own tree holds it, too: even the last user copies on write.
-            self.mapcount[stable] = 2
-        self._replace_page(other, pfn, stable)
+        stable, pfn = self._write_protect_page(one, keep=True), self._write_protect_page(other, keep=False)
+        if stable is not None and pfn is not None and stable != pfn:
+            self._replace_page(other, pfn, stable)
 
-    def _write_protect_page(self, hva: int) -> int | None:
-        """The frame of a page that nobody writes to from now on; None if it is gone, or pinned.
+    def _write_protect_page(self, hva: int, *, keep: bool) -> int | None:
+        """The frame of a page that is written to no more; None if it is gone, or pinned.
 
-        Mirrors: write_protect_page()
+        :param keep: the page becomes KSM's. In the kernel its lock is held until then, so that a write
+            meanwhile copies it; here both happen at once
+
+        Mirrors: write_protect_page(), folio_set_stable_node()
         """
         entries, number = self.ptes[self.page_shift], hva >> self.page_shift
         with self._invalidation(hva, hva + self.page_size):
@@ -239,6 +238,10 @@ class Process(Mm):
             if entry is None or entry >> PFN_SHIFT in self.pins:
                 return None
             entries[number] &= ~WRITABLE
+            if keep:
+                # KSM's own tree holds it, too: even the last user copies on write.
+                pfn = entry >> PFN_SHIFT
+                self.mapcount[pfn] = max(2, self.mapcount[pfn])
         return entry >> PFN_SHIFT
 
     def _replace_page(self, hva: int, pfn: int, stable: int) -> None:

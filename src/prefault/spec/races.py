@@ -28,6 +28,10 @@ RACES: dict[str, Race] = {
     "prefault-prefault": Race("two vCPUs pre-fault one page", ("pre_fault", "pre_fault_again")),
     "prefault-read": Race("a guest reads the page", ("pre_fault", "guest_read"), _NOTHING),
     "prefault-write": Race("a guest writes to the page", ("pre_fault", "guest_write"), _NOTHING),
+    "prefault-read-log": Race(
+        "a guest reads a page of a logged memslot", ("pre_fault", "guest_read"), flags=_LOG
+    ),
+    "write-cow": Race("a guest and the VMM write, which breaks CoW", ("guest_write", "host_write"), _READ),
     "write-ksm": Race("a guest writes while KSM merges the page", ("guest_write", "ksm"), pages=2),
     "prefault-write-fork": Race("a guest writes while the VMM forks", ("pre_fault", "guest_write", "fork")),
     "prefault-write-madvise": Race(
@@ -61,6 +65,12 @@ RACES: dict[str, Race] = {
         "on a vCPU in L2, while the page is taken", ("pre_fault_in_l2", "madvise")
     ),
     "prefault-in-l2-tlbi": Race("on a vCPU in L2, while L1 drops its TLB", ("pre_fault_in_l2", "tlbi")),
+    "prefault-in-l2-remap": Race(
+        "on a vCPU in L2, while L1 gives its L2 another page", ("pre_fault_in_l2", "remap"), pages=2
+    ),
+    "l2-write-start-log": Race("an L2 writes while logging is switched on", ("l2_write", "start_log")),
+    "l2-write-get-log": Race("an L2 writes while the log is taken", ("l2_write", "get_log"), flags=_LOG),
+    "prefault-in-l2-move": Race("on a vCPU in L2, while the memslot is moved", ("pre_fault_in_l2", "move")),
     "prefault-l2-tlbi": Race(
         "an L2 reads while L1 drops its TLB", ("pre_fault", "l2_read", "tlbi"), _NOTHING
     ),

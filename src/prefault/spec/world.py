@@ -40,8 +40,8 @@ _MEMSLOTS = frozenset({"slots.lookup", "srcu.read_lock", "notifier.start", "slot
 """Steps that make a difference only where memslots change."""
 _CHANGE_MEMSLOTS = {"delete", "move", "start_log", "stop_log"}
 _TAKE_AWAY = {"madvise", "fork", "host_write", "ksm", "delete", "move", "mprotect"}
-_WRITE = {"guest_write", "host_write", "handler"}
-_ENTER_L2 = {"l2_read", "tlbi", "remap", "pre_fault_in_l2"}
+_WRITE = {"guest_write", "host_write", "l2_write", "handler"}
+_ENTER_L2 = {"l2_read", "l2_write", "tlbi", "remap", "pre_fault_in_l2"}
 _ERRORS = {0, errno.EAGAIN, errno.ENOENT, errno.EFAULT}
 """What pre-faulting may end with when its memory is taken away."""
 
@@ -112,7 +112,8 @@ class RaceWorld:
         elif "pre_fault_in_l2" in actors:
             self._enter_l2(EnterL2((Read(self.data), Marker(1)), (mapping,)))
         elif _ENTER_L2 & set(actors):
-            self._enter_l2(EnterL2((Marker(1), Read(self.data)), (mapping,)))
+            access = Write(self.data, 1) if "l2_write" in actors else Read(self.data)
+            self._enter_l2(EnterL2((Marker(1), access), (mapping,)))
 
     def _load(self, step: Step) -> None:
         program = Program((step,), CODE)
@@ -154,7 +155,9 @@ class RaceWorld:
 
     @property
     def _taken_away(self) -> bool:
-        return bool(_TAKE_AWAY & set(self.race.actors))
+        """Whether somebody takes mappings away: a write does that, too, where it breaks CoW."""
+        breaks_cow = _WRITE if self.race.resident is not Resident.WRITE else set()
+        return bool((_TAKE_AWAY | breaks_cow) & set(self.race.actors))
 
     def madvise(self) -> None:
         """MADV_DONTNEED on the first page."""
@@ -211,6 +214,10 @@ class RaceWorld:
 
     def l2_read(self) -> None:
         """An L2 reads the first page."""
+        self._run()
+
+    def l2_write(self) -> None:
+        """An L2 writes to the first page."""
         self._run()
 
     def _run(self) -> None:
@@ -377,7 +384,7 @@ class RaceWorld:
             found = mm.lookup(self.hva)
             if self.race.backing is Backing.PRIVATE and found and found[0] & WRITABLE:
                 raise Violation("private memory that nobody has written has a page of its own")
-        if "l2_read" not in self.race.actors:
+        if not {"l2_read", "l2_write"} & set(self.race.actors):
             new = {(ipa, pte) for ipa, pte, shadow in self._leaves() if shadow} - self._shadowed
             for ipa, pte in new:
                 raise Violation(f"a shadow MMU got a leaf at {ipa:#x}, and L2 did not run: {pte:#x}")
@@ -387,9 +394,12 @@ class RaceWorld:
         actors = set(self.race.actors)
         if actors & {"madvise", "delete", "move"}:
             return
-        for actor, offset, data in (("guest_write", 0, b"\1"), ("host_write", 8, b"host")):
+        written = (("guest_write", 0, b"\1"), ("l2_write", 0, b"\1"), ("host_write", 8, b"host"))
+        for actor, offset, data in written:
             if actor in actors and self.host.mm.read(self.hva + offset, len(data)) != data:
                 raise Violation(f"what {actor.replace('_', '-')} has written is lost")
+        if "ksm" in actors and self.host.mm.read(self.hva + PAGE, 1) != b"\0":
+            raise Violation("what was written to the first page is in the second one")
 
     def _check_accounts(self) -> None:
         kvm = self.vm.kvm
@@ -400,7 +410,7 @@ class RaceWorld:
             raise Violation(f"pages are still pinned: {[hex(pfn) for pfn in self.host.mm.pins]}")
         if kvm.mmu_invalidate_in_progress or kvm.mn_active_invalidate_count:
             raise Violation("an invalidation has no end: no fault on the VM will be served any more")
-        if not set(self.errors) <= (_ERRORS if self._taken_away else {0}):
+        if not set(self.errors) <= (_ERRORS if _TAKE_AWAY & set(self.race.actors) else {0}):
             raise Violation(f"pre-faulting ended with {[errno.errorcode[one] for one in self.errors if one]}")
 
 
