@@ -31,7 +31,7 @@ def test_every_kind_of_action_and_every_backing_comes_up() -> None:
     regions = [action.region for action in found if isinstance(action, SetRegion)]
     assert {region.backing for region in regions} == set(Backing) - {Backing.DEVICE}
     advised = {action.advice for action in found if isinstance(action, Advise)}
-    assert advised == set(Advice) - {Advice.HWPOISON, Advice.MERGEABLE}
+    assert advised == set(Advice) - {Advice.HWPOISON, Advice.MERGEABLE, Advice.SOFT_OFFLINE}
     steps = [step for action in found if isinstance(action, Guest) for step in action.steps]
     assert any(isinstance(step, EnterL2) for step in steps)
     assert any(isinstance(step, Execute) for step in steps)
