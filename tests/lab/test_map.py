@@ -109,8 +109,12 @@ def test_the_command_draws_tables_of_the_lab() -> None:
     assert "4 MiB mapped by 2 level-2 blocks" in ended.stdout
 
 
-def test_a_protected_host_says_that_it_shows_no_tables() -> None:
-    argv = (sys.executable, "-m", "prefault", "map", "--machine", "lab", "--mode", "protected")
-    ended = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 77
-    assert "KVM_CAP_PRE_FAULT_MEMORY" in ended.stderr or "stage-2 tables" in ended.stderr
+def test_under_pkvm_the_leaves_are_drawn_and_no_tables() -> None:
+    argv = (sys.executable, "-m", "prefault", "map", "--machine", "lab", "--mode", "protected", "--json")
+    ended = subprocess.run(
+        (*argv, "--backing", "thp"), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    before, prefaulted, walked = (scene["tables"][0] for scene in json.loads(ended.stdout)["scenes"])
+    assert [before["leaves"], prefaulted["leaves"], walked["leaves"]] == [{}, {"2": 2}, {"2": 2, "3": 1}]
+    assert (walked["tables"], walked["ipa_bits"], walked["start_level"]) == (None, 48, 0)

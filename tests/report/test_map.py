@@ -150,6 +150,36 @@ def test_the_granule_is_among_those_that_fit(mmu: S2Mmu) -> None:
         assert page_size_of([dump], "file")[0] == page_size
 
 
+def flat(*leaves: Leaf, bits: int = 48) -> Dump:
+    """What pKVM shows: leaves, and holes that are all at the last level."""
+    runs: list[stage2.Run] = []
+    at = 0
+    for one in leaves:
+        runs += [Hole(at, one.ipa - at, 3)] if one.ipa > at else []
+        runs.append(one)
+        at = one.ipa + one.size
+    return Dump((*runs, Hole(at, (1 << bits) - at, 3)))
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [(), (leaf(GIB),), (leaf(GIB), leaf(2 * GIB, 2 * MIB, 2)), (leaf(0, 2 * MIB, 2),)],
+    ids=["none", "page", "page and block", "block at 0"],
+)
+def test_a_dump_of_pkvm_tells_of_no_tables(leaves: tuple[Leaf, ...]) -> None:
+    dump = flat(*leaves)
+    size, _ = page_size_of([dump], "file")
+    table = TableMap("file", dump, size)
+    assert (size, table.flat, table.tables, table.start_level) == (PAGE, True, {}, 0)
+    assert "start level 0; tables not shown" in text_of(table, width=120)
+
+
+@settings(max_examples=60, deadline=None)
+@given(mmus())
+def test_a_dump_with_tables_is_not_taken_for_one_of_pkvm(mmu: S2Mmu) -> None:
+    assert not map_of(mmu).flat
+
+
 def test_a_granule_that_does_not_fit_is_refused() -> None:
     mmu = S2Mmu(PhysicalMemory(12), Granule(12), 40, shadow=False)
     mmu.pgt.map(GIB, PAGE, 0, Prot.R, mmu.pgt.memory.allocate_table)

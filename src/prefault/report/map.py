@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from prefault.errors import UsageError
 from prefault.guest.tables import leaf_size
-from prefault.kvm.stage2 import Dump, Run, Shadow
+from prefault.kvm.stage2 import Dump, Hole, Run, Shadow
 from prefault.machine import Leaf
 from prefault.report.units import format_size
 from prefault.spec.descriptors import LAST_LEVEL, Granule
@@ -147,9 +147,16 @@ class TableMap:
         """Size of the IPA space; None if the dump does not reach its end."""
         return self.end.bit_length() - 1 if self.end & self.end - 1 == 0 else None
 
+    @functools.cached_property
+    def flat(self) -> bool:
+        """Whether the dump does not tell of tables."""
+        return is_flat(self.dump, self.page_size)
+
     @property
     def start_level(self) -> int:
-        """The topmost level that has entries."""
+        """The topmost level that has entries, or should have."""
+        if self.flat and self.ipa_bits:
+            return _start_level(self.ipa_bits, self.page_size)
         return min(run.level for run in self.runs)
 
     def number(self, look: Kind, size: int) -> int:
@@ -183,7 +190,10 @@ class TableMap:
         """Tables by level, those of the first one concatenated.
 
         A table is where the walk goes deeper, so their number follows from the levels of the runs alone.
+        Nothing if the dump is flat.
         """
+        if self.flat:
+            return {}
         top = self.start_level
         above = self.page_size << (LAST_LEVEL + 1 - top) * (self.page_size.bit_length() - 4)
         found = {top: -(-self.end // above)}
@@ -198,11 +208,26 @@ def fitting(dumps: Sequence[Dump]) -> list[int]:
     """Granules that all of some tables of one host can have; the likeliest first.
 
     Tables of a larger granule look as if they could be of a smaller one, too, but hardly ever the other way
-    round.
+    round; and where no table is whole, 4 KiB pages are the usual ones.
     """
     sizes = [size for size in reversed(PAGE_SIZES) if all(_fits(dump, size) for dump in dumps)]
-    exact = [size for size in sizes if all(_starts_right(dump, size) for dump in dumps)]
-    return exact or sizes
+    whole = [size for size in sizes if not any(is_flat(dump, size) for dump in dumps)]
+    exact = [size for size in whole if all(_starts_right(dump, size) for dump in dumps)]
+    return exact or whole or sizes[::-1]
+
+
+def is_flat(dump: Dump, page_size: int) -> bool:
+    """Whether a dump does not tell the levels of holes: those of pKVM, whose host has no tables to look at.
+
+    KVM frees a table with nothing in it, so a hole below the first level is smaller than a table.
+    """
+    top = min(run.level for run in dump.runs)
+    for run in dump.runs:
+        if isinstance(run, Hole) and run.level > (top if top < LAST_LEVEL else LAST_LEVEL - 1):
+            table = leaf_size(page_size, run.level - 1)
+            if -(-run.ipa // table) * table + table <= run.ipa + run.size:
+                return True
+    return False
 
 
 def _fits(dump: Dump, page_size: int) -> bool:
@@ -222,8 +247,11 @@ def _fits(dump: Dump, page_size: int) -> bool:
 
 def _starts_right(dump: Dump, page_size: int) -> bool:
     """Whether the walk begins where KVM lets it begin for such an IPA space."""
-    bits = dump.end.bit_length() - 1
-    return Granule(page_size.bit_length() - 1).start_level(bits) == min(run.level for run in dump.runs)
+    return _start_level(dump.end.bit_length() - 1, page_size) == min(run.level for run in dump.runs)
+
+
+def _start_level(ipa_bits: int, page_size: int) -> int:
+    return Granule(page_size.bit_length() - 1).start_level(ipa_bits)
 
 
 def page_size_of(dumps: Sequence[Dump], name: str, told: int | None = None) -> tuple[int, tuple[int, ...]]:

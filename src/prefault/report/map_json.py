@@ -16,7 +16,7 @@ def table_json(table: TableMap) -> dict[str, object]:
         "page_size_certain": not table.other_sizes,
         "ipa_bits": table.ipa_bits,
         "start_level": table.start_level,
-        "tables": {str(level): number for level, number in table.tables.items()},
+        "tables": None if table.flat else {str(level): number for level, number in table.tables.items()},
         "mapped_bytes": table.mapped,
         "leaves": {str(level): number for level, number in table.leaves.items()},
         "shadow": {"vttbr": shadow.vttbr, "vtcr": shadow.vtcr, "enabled": shadow.enabled} if shadow else None,

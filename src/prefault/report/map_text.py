@@ -40,7 +40,7 @@ def summary(table: TableMap) -> str:
         found[0] += f" (or {others}: it does not tell)"
     found.append(f"{table.ipa_bits}-bit IPA" if table.ipa_bits else "size of the IPA space unknown")
     found.append(f"start level {table.start_level}")
-    found.append(plural(sum(table.tables.values()), "table"))
+    found.append("tables not shown" if table.flat else plural(sum(table.tables.values()), "table"))
     if table.mapped:
         leaves = ", ".join(_leaves(level, number) for level, number in table.leaves.items())
         found.append(f"{exact_size(table.mapped)} mapped by {leaves}")
