@@ -265,6 +265,10 @@ def _print(run: _Run) -> None:
     for one, alike in report.grouped(run.bad):
         lines = report.details(one, run.again(one.name), run.programs.get(one.name))
         lines += [f"  the same: {other.name}" for other in alike]
+        if run.options["random"]:
+            lines.append(
+                "  If it teaches something, make a scenario of it: docs/conform.md, Random programs."
+            )
         console.print("\n".join(lines), markup=False, soft_wrap=True)
         console.print()
     console.print(report.summary(run.comparisons))
