@@ -19,10 +19,13 @@ _ALWAYS_JUMPS = frozenset({"JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_IN
 def place(code: CodeType, lasti: int) -> tuple[int, frozenset[str]]:
     """The instruction that a frame is in, and the names that may be read after it before they are written.
 
-    :param lasti: ``f_lasti``; once the interpreter has specialised a call, that is in the instruction's cache
+    :param lasti: ``f_lasti``; once the interpreter has specialised a call, that is in the cache of its
+        instruction, or at the PRECALL before it that Python 3.11 has
     """
     live = _analyse(code)
     offset = max(one for one in live if one <= lasti)
+    while dis.opname[code.co_code[offset]] == "PRECALL":
+        offset = min(one for one in live if one > offset)
     return offset, live[offset] | {*code.co_cellvars, *code.co_freevars}
 
 
