@@ -180,9 +180,9 @@ def test_without_dic_only_a_fetch_makes_a_page_executable() -> None:
         assert [leaf.px for leaf in vm.stage2()] == [True, False]
 
 
-@pytest.mark.parametrize("protected", [False, True])
-def test_a_protected_host_reports_no_capability_and_refuses_the_ioctl(protected: bool) -> None:
-    with open_spec(HostConfig(protected=True)) as kvm:
+@pytest.mark.parametrize(("protected", "pre_faults"), [(False, False), (True, True)])
+def test_without_the_capability_the_ioctl_is_refused(protected: bool, pre_faults: bool) -> None:
+    with open_spec(HostConfig(protected=True, pkvm_pre_faults=pre_faults)) as kvm:
         vm = kvm.create_vm(VmConfig(protected=protected))
         vm.set_user_memory_region(MemoryRegion(0, CODE, BLOCK, resident=Resident.WRITE))
         vcpu = vm.create_vcpu()

@@ -48,10 +48,10 @@ def test_an_empty_table_is_one_row() -> None:
         assert vm.ptdump() == ["---[ Guest IPA ]---\n0x0000000000000000-0x0000001000000000          64G 1\n"]
 
 
-def test_a_protected_host_shows_no_tables() -> None:
+def test_a_protected_vm_shows_no_tables() -> None:
     with (
         open_spec(HostConfig(protected=True)) as kvm,
-        kvm.create_vm() as vm,
+        kvm.create_vm(VmConfig(protected=True)) as vm,
         pytest.raises(CapabilityMissing),
     ):
         vm.ptdump()

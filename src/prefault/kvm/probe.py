@@ -199,7 +199,7 @@ def _missing(found: Facts) -> list[str]:
         )
     if not any(kind.pre_fault_memory for kind in found.vm_kinds):
         missing.append(
-            "no VM reports KVM_CAP_PRE_FAULT_MEMORY: boot a kernel with the series, not in protected mode"
+            "no VM reports KVM_CAP_PRE_FAULT_MEMORY: boot a kernel with the series, as the lab does"
         )
     if found.guests and not found.nested:
         missing.append("no nested guests: boot with kvm-arm.mode=nested on a machine with FEAT_NV2")

@@ -184,5 +184,5 @@ def _read(file: Path) -> str:
     except OSError as error:
         raise CapabilityMissing(
             f"stage-2 tables cannot be read from {file}: {error.strerror}; they need root, a mounted "
-            "debugfs, CONFIG_PTDUMP_STAGE2_DEBUGFS, and a kernel that is not in protected mode"
+            "debugfs, CONFIG_PTDUMP_STAGE2_DEBUGFS, and in protected mode a kernel with the series"
         ) from error

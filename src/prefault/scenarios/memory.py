@@ -133,6 +133,7 @@ def read_only_slots_are_mapped_read_only(stage: Stage, backing: Backing) -> None
 
 @scenario("M8")
 def read_only_slots_of_a_device_are_mapped_read_only(stage: Stage) -> None:
+    stage.not_under_pkvm("no guest has memory of devices")
     vm = stage.vm(stage.data(PAGES, Backing.DEVICE, resident=Resident.NOTHING, flags=SlotFlags.READONLY))
     stage.pre_fault(stage.vcpu(vm, Marker(0)), DATA, PAGES * stage.page)
     stage.holds(not any(leaf.writable for leaf in stage.leaves(vm)), "a read-only slot has a writable leaf")

@@ -7,8 +7,9 @@ import errno
 import signal
 
 from prefault.abi.constants import EHWPOISON, KVM_CAP_PRE_FAULT_MEMORY
+from prefault.errors import CapabilityMissing
 from prefault.guest.program import Marker
-from prefault.machine import Access, Advice, Backing, MemoryRegion, Resident, Vcpu, VcpuConfig, Vm
+from prefault.machine import Access, Advice, Backing, MemoryRegion, Resident, Vcpu, VcpuConfig, Vm, VmConfig
 from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
 
 PAGES = 8
@@ -125,6 +126,21 @@ def capability_is_reported_where_it_works(stage: Stage) -> None:
     progress = stage.pre_fault_once(vcpu, DATA, stage.page)
     wanted = 0 if reported else errno.EOPNOTSUPP
     stage.holds(progress.errno == wanted, f"the capability is {reported}, and the ioctl gave {progress}")
+
+
+@scenario("M11")
+def protected_vms_are_refused(stage: Stage) -> None:
+    try:
+        vm = stage.vm(stage.data(PAGES), config=VmConfig(protected=True))
+    except CapabilityMissing:
+        stage.see("protected VMs", "none on this host")
+        return
+    reported = vm.check_extension(KVM_CAP_PRE_FAULT_MEMORY)
+    stage.holds(not reported, f"a protected VM reports the capability as {reported}")
+    vcpu = stage.vcpu(vm, Marker(0))
+    _refused(stage, vcpu, DATA, stage.page, errno.EOPNOTSUPP)
+    stage.proceed(vcpu)
+    _refused(stage, vcpu, DATA, stage.page, errno.EOPNOTSUPP)
 
 
 @scenario("M10")

@@ -74,8 +74,7 @@ def _require_capability(kvm: Kvm) -> None:
     with kvm.create_vm(VmConfig()) as vm:
         if not vm.check_extension(KVM_CAP_PRE_FAULT_MEMORY):
             raise CapabilityMissing(
-                "this VM does not report KVM_CAP_PRE_FAULT_MEMORY: boot a kernel with the series, "
-                "and not in protected mode"
+                "this VM does not report KVM_CAP_PRE_FAULT_MEMORY: boot a kernel with the series"
             )
 
 

@@ -314,5 +314,7 @@ def _install(s2fd: FaultDesc, s2vi: VmaInfo, size: int, prot: int) -> int:
     ipa = s2vi.ipa & -size
     if s2fd.perm and size == granule.size(s2fd.level):
         return s2fd.mmu.pgt.relax_perms(ipa, prot & ~NV_LEVEL)
+    if s2vi.device and kvm.host.config.protected:
+        return -errno.EINVAL  # the hypervisor has no guest use what is not memory
     phys = (s2vi.pfn << granule.page_shift) & -size
     return s2fd.mmu.pgt.map(ipa, size, phys, prot, kvm.allocate)

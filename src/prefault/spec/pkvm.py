@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hosts with kvm-arm.mode=protected: protected VMs, whose memory the host gives away.
 
-Of a non-protected VM on such a host the spec has the table that the hypervisor would have; whether it can
-be pre-faulted is HostConfig.pkvm_pre_faults. Protected VMs cannot. debugfs shows no tables of either.
+Of a non-protected VM on such a host the spec has the table that the hypervisor has. Whether it can be
+pre-faulted, and debugfs shows it, is HostConfig.pkvm_pre_faults: the series does both. Of protected VMs
+neither is true.
 
 Mirrors: pkvm_mem_abort() in arch/arm64/kvm/mmu.c
 """

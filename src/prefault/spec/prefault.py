@@ -77,7 +77,9 @@ def kvm_pre_fault_ipa(kvm: KvmState, ipa: int) -> int:
         return size
     mmu = kvm.nested_mmus[0] if faults.wrong_mmu and kvm.nested_mmus else kvm.mmu
     s2fd = FaultDesc(kvm, mmu, ipa, slot, slot.hva_of(ipa), level, write=faults.write_fault, prefault=True)
-    return gmem_abort(s2fd) if slot.gmem else user_mem_abort(s2fd)
+    mapped = gmem_abort(s2fd) if slot.gmem else user_mem_abort(s2fd)
+    # Memory that the hypervisor lets no guest have.
+    return -errno.EFAULT if kvm.host.config.protected and mapped == -errno.EINVAL else mapped
 
 
 def kvm_pre_fault_find_leaf(kvm: KvmState, ipa: int) -> tuple[int, int]:

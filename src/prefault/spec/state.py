@@ -41,7 +41,7 @@ class HostConfig:
     dic: bool = True
     nested: bool = True
     protected: bool = False
-    pkvm_pre_faults: bool = False
+    pkvm_pre_faults: bool = True
     mte: bool = False
     hugetlb: tuple[int, ...] = (2 << 20, 64 << 10, 32 << 20, 1 << 30)
 

@@ -232,10 +232,8 @@ class SpecVm:
 
     def stage2(self) -> list[Leaf]:
         """Leaves of the canonical stage-2 table, by IPA."""
-        if self._host.config.protected:
-            raise CapabilityMissing(
-                "stage-2 tables are the hypervisor's on a host in protected mode, and cannot be read"
-            )
+        if self.kvm.protected or not self._host.config.pre_faults:
+            raise CapabilityMissing("these stage-2 tables are the hypervisor's, and cannot be read")
         with LOCK:
             return leaves(self.kvm.mmu.pgt)
 
