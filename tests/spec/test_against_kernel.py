@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefault.errors import CapabilityMissing, GuestFailed
+from prefault.errors import CapabilityMissing, GuestFailed, UsageError
 from prefault.guest import port
 from prefault.guest.program import Execute, Program
 from prefault.machine import Access, Advice, Backing, MemoryRegion, Resident
@@ -54,3 +54,13 @@ def test_populating_says_whether_the_range_or_the_right_is_missing() -> None:
             vm.advise(DATA, 0x1000, Advice.POPULATE_READ)
         with pytest.raises(CapabilityMissing, match="Invalid argument"):
             vm.advise(DATA + 0x1000, 0x1000, Advice.POPULATE_WRITE)
+
+
+def test_no_hole_is_punched_beyond_the_end_of_a_slot() -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK, Backing.GUEST_MEMFD))
+        vm.create_vcpu().pre_fault_memory(DATA, BLOCK)
+        before = vm.stage2()
+        with pytest.raises(UsageError):
+            vm.advise(DATA + 0x1000, BLOCK, Advice.REMOVE)
+        assert vm.stage2() == before

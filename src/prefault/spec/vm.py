@@ -177,12 +177,12 @@ class SpecVm:
     def advise(self, gpa: int, size: int, advice: Advice) -> None:
         """madvise(2) on the host's mapping of ``[gpa, gpa+size)``, which lies in one memslot."""
         with LOCK:
-            slot = self.kvm.slot_at(gpa)
+            hva, slot = self.hva_of(gpa, size), self.kvm.slot_at(gpa)
             if advice is Advice.REMOVE and slot and slot.gmem:
                 page_size = self.kvm.page_size
                 first = (gpa - slot.base) // page_size
                 unmap.kvm_gmem_punch_hole(self.kvm, first, size // page_size, slot.gmem)
-            backing.advise(self._host, self.hva_of(gpa, size), size, advice)
+            backing.advise(self._host, hva, size, advice)
 
     def protect(self, gpa: int, size: int, access: Access) -> None:
         """mprotect(2) on the host's mapping of ``[gpa, gpa+size)``, which lies in one memslot."""
