@@ -101,7 +101,7 @@ def _verdict(spec: Play, kernel: Play, difference: Difference | None, cut: bool)
     if kernel.outcome == "lost":
         return Verdict.LOST
     if "skipped" in (spec.outcome, kernel.outcome):
-        return Verdict.FAILED if "failed" in (spec.outcome, kernel.outcome) else Verdict.SKIPPED
+        return Verdict.DIFFERENT if "failed" in (spec.outcome, kernel.outcome) else Verdict.SKIPPED
     if difference:
         return Verdict.DIFFERENT
     if spec.outcome != kernel.outcome and not cut:
