@@ -143,7 +143,7 @@ def age(hva: int, size: int, page_size: int) -> None:
 
     :raises CapabilityMissing: there is no idle page tracking, or we may not use it
     """
-    _onto_the_lists()
+    onto_the_lists()
     words: dict[int, int] = {}
     for frame in frames(hva, size, page_size):
         words[frame // 64] = words.get(frame // 64, 0) | 1 << frame % 64
@@ -158,10 +158,11 @@ def age(hva: int, size: int, page_size: int) -> None:
         ) from error
 
 
-def _onto_the_lists() -> None:
-    """New pages wait in lists of each CPU, where they cannot be marked. MADV_COLLAPSE empties these.
+def onto_the_lists() -> None:
+    """Empty the lists of each CPU in which new pages, and used ones, wait to be put in order.
 
-    It has nothing to collapse here, and says so.
+    Pages cannot be marked or migrated there. MADV_COLLAPSE begins with that; it has nothing to collapse
+    here, and says so.
     """
     size = hugepages.pmd_size()
     if not size:

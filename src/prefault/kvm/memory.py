@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from prefault.errors import CapabilityMissing, UsageError
-from prefault.kvm import devmem, hugepages, mapping
+from prefault.kvm import devmem, host, hugepages, mapping
 from prefault.machine import FILE_CONTENTS, Access, Advice, Backing, MemoryRegion, Resident
 
 _MFD_HUGETLB = 4
@@ -32,7 +32,6 @@ _ADVICE = {
     Advice.HUGEPAGE: mapping.MADV_HUGEPAGE,
     Advice.NOHUGEPAGE: mapping.MADV_NOHUGEPAGE,
     Advice.MERGEABLE: mapping.MADV_MERGEABLE,
-    Advice.SOFT_OFFLINE: mapping.MADV_SOFT_OFFLINE,
 }
 _PROTECTION = {Access.NONE: 0, Access.READ: mmap.PROT_READ, Access.WRITE: mmap.PROT_READ | mmap.PROT_WRITE}
 
@@ -68,11 +67,13 @@ class Memory:
         The host tells whoever has a page mapped that it is broken now: SIGBUS, to us, which is no
         news. Call from the main thread, the only one that can put a handler in its way.
         """
-        if advice is not Advice.HWPOISON:
+        if advice is Advice.SOFT_OFFLINE:
+            _migrate(self.hva + offset, size)
+        elif advice is not Advice.HWPOISON:
             mapping.advise(self.hva + offset, size, _ADVICE[advice], f"MADV_{advice.name}")
-            return
-        with _without_sigbus():
-            mapping.poison(self.hva + offset, size)
+        else:
+            with _without_sigbus():
+                mapping.poison(self.hva + offset, size)
 
     def protect(self, offset: int, size: int, access: Access) -> None:
         """mprotect(2)."""
@@ -94,6 +95,20 @@ class Memory:
         self.guest_memfd = -1
         if self._reservation:
             self._reservation.close()
+
+
+def _migrate(hva: int, size: int) -> None:
+    """MADV_SOFT_OFFLINE, page by page.
+
+    The call itself touches a page first, which can put it onto a list where it cannot be migrated.
+    """
+    page_size = os.sysconf("SC_PAGE_SIZE")
+    for page in range(hva, hva + size, page_size):
+        try:
+            mapping.advise(page, page_size, mapping.MADV_SOFT_OFFLINE, "MADV_SOFT_OFFLINE")
+        except CapabilityMissing:
+            host.onto_the_lists()
+            mapping.advise(page, page_size, mapping.MADV_SOFT_OFFLINE, "MADV_SOFT_OFFLINE")
 
 
 @contextlib.contextmanager
