@@ -64,3 +64,11 @@ def test_no_hole_is_punched_beyond_the_end_of_a_slot() -> None:
         with pytest.raises(UsageError):
             vm.advise(DATA + 0x1000, BLOCK, Advice.REMOVE)
         assert vm.stage2() == before
+
+
+def test_a_mapping_without_room_for_a_huge_page_cannot_be_collapsed() -> None:
+    region = MemoryRegion(1, DATA, BLOCK + 0x5000, Backing.THP, Resident.READ, hva_offset=0x1000)
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(region)
+        with pytest.raises(CapabilityMissing, match="Invalid argument"):
+            vm.advise(DATA, BLOCK, Advice.COLLAPSE)

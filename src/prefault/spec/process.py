@@ -308,8 +308,10 @@ class Process(Mm):
     def collapse(self, start: int, end: int) -> int:
         """MADV_COLLAPSE on private anonymous memory; 0 or a negative errno. Mirrors: collapse_huge_page()"""
         size = 1 << self.pmd_shift
-        if any(vma.file or vma.nohugepage for vma in self.vmas_in(start, end)):
-            return -errno.EINVAL
+        for vma in self.vmas_in(start, end):
+            room = -(-vma.start // size) * size + size <= vma.end
+            if vma.file or vma.nohugepage or not room:
+                return -errno.EINVAL
         for hva in range(-(-start // size) * size, end - size + 1, size):
             vma = self.vma_lookup(hva)
             if vma is None or vma.start > hva or vma.end < hva + size:
