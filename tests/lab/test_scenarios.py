@@ -27,8 +27,9 @@ TAGS = {name for name in SCENARIOS if name.startswith("guests_with_tags")}
 NOT_UNDER_PKVM = {
     "a_huge_page_of_the_size_of_a_level_1_block_is_one",
     "read_only_slots_of_a_device_are_mapped_read_only",
+    *(name for name in SCENARIOS if name.startswith("migrated_pages_are_mapped_where_they_are_now")),
 }
-"""The hypervisor maps no blocks above level 2, and no devices."""
+"""The hypervisor maps no blocks above level 2, and no devices; for the rest see the scenario."""
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
