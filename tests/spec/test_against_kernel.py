@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefault.errors import CapabilityMissing, GuestFailed, UsageError
+from prefault.errors import CapabilityMissing, GuestFailed, PrefaultError, UsageError
 from prefault.guest import port
 from prefault.guest.program import Execute, Program
 from prefault.machine import Access, Advice, Backing, MemoryRegion, Resident
@@ -72,3 +72,13 @@ def test_a_mapping_without_room_for_a_huge_page_cannot_be_collapsed() -> None:
         vm.set_user_memory_region(region)
         with pytest.raises(CapabilityMissing, match="Invalid argument"):
             vm.advise(DATA, BLOCK, Advice.COLLAPSE)
+
+
+def test_a_protection_that_fails_at_its_end_has_cut_the_mapping_at_its_start() -> None:
+    region = MemoryRegion(1, DATA, BLOCK + 0x5000, Backing.HUGETLB, page_size=64 << 10)
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(region)
+        count = len(kvm.host.mm.vmas)
+        with pytest.raises(PrefaultError, match="Invalid argument"):
+            vm.protect(DATA + 0x1F0000, 0x15000, Access.NONE)
+        assert len(kvm.host.mm.vmas) == count + 1

@@ -119,7 +119,10 @@ class Process(Mm):
             if (vma.readable, vma.writable) == (readable, writable):
                 continue
             first, last = max(start, vma.start), min(end, vma.end)
-            if self._cuts_huge_page(first, last):
+            if self._cuts_huge_page(first, first):
+                return -errno.EINVAL
+            if self._cuts_huge_page(last, last):
+                self.isolate(first, vma.end)  # cut at the start already when the end turns out not to be one
                 return -errno.EINVAL
             (part,) = self.isolate(first, last)
             with self._invalidation(first, last):
@@ -308,9 +311,9 @@ class Process(Mm):
     def collapse(self, start: int, end: int) -> int:
         """MADV_COLLAPSE on private anonymous memory; 0 or a negative errno. Mirrors: collapse_huge_page()"""
         size = 1 << self.pmd_shift
-        for vma in self.vmas_in(start, end):
-            room = -(-vma.start // size) * size + size <= vma.end
-            if vma.file or vma.nohugepage or not room:
+        for one in self.vmas_in(start, end):
+            room = -(-one.start // size) * size + size <= one.end
+            if one.file or one.nohugepage or not room:
                 return -errno.EINVAL
         for hva in range(-(-start // size) * size, end - size + 1, size):
             vma = self.vma_lookup(hva)
