@@ -33,6 +33,7 @@ from prefault.machine import Access, Advice, Backing, MemoryRegion, Resident, Sl
 from prefault.scenarios.program import (
     BLOCK,
     PAGE,
+    PAGE_CACHE,
     Action,
     Advise,
     DirtyLog,
@@ -159,7 +160,6 @@ _FLAGS = st.sampled_from([0] * 20 + [1])
 _YES = st.booleans()
 _BEFORE = st.just(()) | _PLAIN
 _L2S = st.lists(_L2, min_size=1, max_size=2)
-_FILES = (Backing.SHARED, Backing.FILE_PRIVATE, Backing.FILE_SHARED)
 _MOVED = st.sampled_from([0, BLOCK, 2 * BLOCK, PAGE, 3 * PAGE]).map(lambda at: DATA + at)
 
 
@@ -253,7 +253,7 @@ class _Author:
     def _collapsible(self, gpa: int) -> bool:
         """Of a file, collapsing is unmapped page by page, each of which takes all shadow MMUs: minutes."""
         here = [one for one in self._regions.values() if one.gpa <= gpa < one.gpa + one.size]
-        return all(one.backing not in _FILES for one in here)
+        return all(one.backing not in PAGE_CACHE for one in here)
 
     def _protect(self) -> Action:
         return Protect(*self._range(), self._pick(_ACCESS))

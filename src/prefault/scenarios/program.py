@@ -31,6 +31,7 @@ from prefault.guest.program import RET, EnterL2, Execute, L2Mapping
 from prefault.machine import (
     Access,
     Advice,
+    Backing,
     Exit,
     Failed,
     FaultCounts,
@@ -384,6 +385,10 @@ def _counted(counts: FaultCounts) -> dict[str, object]:
     return {name: value for name, value in dataclasses.asdict(counts).items() if value}
 
 
+PAGE_CACHE = (Backing.SHARED, Backing.FILE_PRIVATE, Backing.FILE_SHARED)
+"""Backings that programs do not collapse: the spec does not know how, and with an L2 it takes minutes."""
+
+
 @dataclass
 class _Memory:
     """What the VMM did to its own rights in a slot's memory.
@@ -447,6 +452,8 @@ class _Player:
                 return self._host(gpa, partial(self._vm.write_memory, gpa, HOST_DATA))
             case HostRead(gpa):
                 return self._host(gpa, lambda: self._vm.read_memory(gpa, len(HOST_DATA)).hex())
+            case Advise(gpa, size, Advice.COLLAPSE) if self._has_file(gpa, size):
+                return "left out"
             case Advise(gpa, size, advice):
                 self._vm.advise(gpa, size, advice)
             case Protect(gpa, size, access):
@@ -491,6 +498,9 @@ class _Player:
             for memory in self._slots.values():
                 if memory.region.gpa <= address < memory.region.gpa + memory.region.size:
                     yield memory, (address - memory.region.gpa) // page
+
+    def _has_file(self, gpa: int, size: int) -> bool:
+        return any(memory.region.backing in PAGE_CACHE for memory, _ in self._pages(gpa, size))
 
     def _close(self, gpa: int, size: int) -> None:
         for memory, page in self._pages(gpa, size):

@@ -75,6 +75,7 @@ class Process(Mm):
 
         Mirrors: madvise_remove(), shmem_fallocate(), hugetlbfs_punch_hole()
         """
+        hole = self._has_hole(start, end)
         for vma in self.vmas_in(start, end):
             if not vma.shared or not vma.file:
                 return -errno.EACCES if vma.file else -errno.EINVAL
@@ -89,7 +90,7 @@ class Process(Mm):
                 pfn = vma.file.pages.pop(index, None)
                 if pfn is not None:
                     self.memory.free(pfn, 1 << shift - self.page_shift)
-        return 0
+        return -errno.ENOMEM if hole else 0
 
     def munmap(self, start: int, end: int) -> int:
         """munmap(2); 0 or a negative errno."""
