@@ -295,9 +295,10 @@ class Interrupter:
     def __call__(self) -> str:
         """One signal."""
         time.sleep(self._chance.random() * 0.01)
-        for thread in self._chance.sample(self._threads, min(1, len(self._threads))):
+        there = list(self._threads)  # They come and go, those who have ended among them.
+        if there:
             with contextlib.suppress(ProcessLookupError):
-                signal.pthread_kill(thread, signal.SIGUSR1)
+                signal.pthread_kill(self._chance.choice(there), signal.SIGUSR1)
         return "signal"
 
 
