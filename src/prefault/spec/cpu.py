@@ -72,6 +72,10 @@ class Undefined(Trap):
     """An instruction that is not known here."""
 
 
+_UNKNOWN = 0x1DE7_EC7E_DBAD_C0DE
+"""What a register holds whose reset value is unknown. Mirrors: reset_unknown()"""
+
+
 @dataclass
 class Cpu:
     """Registers and what is needed to execute.
@@ -93,7 +97,7 @@ class Cpu:
     equal: bool = False
     less: bool = False
     generation: int = 0
-    system: dict[str, int] = field(default_factory=dict)
+    system: dict[str, int] = field(default_factory=lambda: {"far_el1": _UNKNOWN})
 
     def __post_init__(self) -> None:
         self._shift = self.memory.page_shift
