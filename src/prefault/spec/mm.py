@@ -143,11 +143,18 @@ class Mm:
             (one for one in self.vmas if one.start < end and start < one.end), key=lambda one: one.start
         )
 
-    def isolate(self, start: int, end: int) -> list[Vma]:
-        """The VMAs of [start, end), cut at its ends. Mirrors: split_vma()"""
+    def isolate(self, start: int, end: int) -> list[Vma] | None:
+        """The VMAs of [start, end), cut at its ends.
+
+        None if an end is within a hugetlb page; it may have been cut at its start then already.
+
+        Mirrors: split_vma(), hugetlb_vm_op_split()
+        """
         for cut in (start, end):
             vma = self.vma_lookup(cut)
             if vma and vma.start < cut:
+                if vma.hugetlb and vma.file and cut & ((1 << vma.file.shift) - 1):
+                    return None
                 self._adjust_trans_huge(vma, cut)
                 tail = replace(vma, start=cut, offset=vma.offset + cut - vma.start)
                 vma.end = cut

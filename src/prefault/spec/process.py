@@ -94,21 +94,13 @@ class Process(Mm):
 
     def munmap(self, start: int, end: int) -> int:
         """munmap(2); 0 or a negative errno."""
-        if self._cuts_huge_page(start, end):
-            return -errno.EINVAL
         gone = self.isolate(start, end)
+        if gone is None:
+            return -errno.EINVAL
         with self._invalidation(start, end):
             self._zap(start, end)
             self.vmas = [vma for vma in self.vmas if not any(vma is one for one in gone)]
         return 0
-
-    def _cuts_huge_page(self, start: int, end: int) -> bool:
-        """Whether an end of the range is within a hugetlb page. Mirrors: hugetlb_vm_op_split()"""
-        for cut in (start, end):
-            vma = self.vma_lookup(cut)
-            if vma and vma.hugetlb and vma.file and cut & ((1 << vma.file.shift) - 1) and vma.start != cut:
-                return True
-        return False
 
     def mprotect(self, start: int, end: int, *, readable: bool, writable: bool) -> int:
         """mprotect(2); 0 or a negative errno. Where nothing changes, nobody is told."""
@@ -120,12 +112,10 @@ class Process(Mm):
             if (vma.readable, vma.writable) == (readable, writable):
                 continue
             first, last = max(start, vma.start), min(end, vma.end)
-            if self._cuts_huge_page(first, first):
+            parts = self.isolate(first, last)
+            if parts is None:
                 return -errno.EINVAL
-            if self._cuts_huge_page(last, last):
-                self.isolate(first, vma.end)  # cut at the start already when the end turns out not to be one
-                return -errno.EINVAL
-            (part,) = self.isolate(first, last)
+            (part,) = parts
             with self._invalidation(first, last):
                 part.readable, part.writable = readable, writable
                 for shift, entries in self.ptes.items():
@@ -152,9 +142,10 @@ class Process(Mm):
             if (vma.thp, vma.nohugepage) == (wanted, not wanted):
                 continue
             first, last = max(start, vma.start), min(end, vma.end)
-            if self._cuts_huge_page(first, last):
+            parts = self.isolate(first, last)
+            if parts is None:
                 return -errno.EINVAL
-            (part,) = self.isolate(first, last)
+            (part,) = parts
             part.thp, part.nohugepage = wanted, not wanted
         self.merge_vmas()
         return -errno.ENOMEM if self._has_hole(start, end) else 0

@@ -43,7 +43,7 @@ class Context:
 
     def _register(self, handler: object) -> None:
         """Mirrors: userfaultfd_register_range()"""
-        for vma in self._mm.isolate(self._start, self._end):
+        for vma in self._mm.isolate(self._start, self._end) or ():
             setattr(vma, self._mode.name.lower(), handler)
 
     def handle_userfault(self, hva: int, write: bool) -> bool:
