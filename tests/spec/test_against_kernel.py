@@ -82,3 +82,13 @@ def test_a_protection_that_fails_at_its_end_has_cut_the_mapping_at_its_start() -
         with pytest.raises(PrefaultError, match="Invalid argument"):
             vm.protect(DATA + 0x1F0000, 0x15000, Access.NONE)
         assert len(kvm.host.mm.vmas) == count + 1
+
+
+def test_an_unmapping_that_fails_at_its_end_has_told_of_the_cut_at_its_start() -> None:
+    region = MemoryRegion(1, DATA, BLOCK + 0x5000, Backing.HUGETLB, Resident.WRITE, page_size=64 << 10)
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(region)
+        vm.create_vcpu().pre_fault_memory(DATA, 0x3000)
+        with pytest.raises(PrefaultError, match="Invalid argument"):
+            vm.unmap(DATA + 0x1F0000, 0x1000)
+        assert vm.stage2() == []

@@ -76,7 +76,9 @@ def map_at(hva: int, size: int, *, shared: bool, fd: int = -1, offset: int = 0) 
 
 def unmap(hva: int, size: int) -> None:
     """munmap(2)."""
-    _libc.munmap(hva, size)
+    if _libc.munmap(hva, size):
+        error = ctypes.get_errno()
+        raise PrefaultError(f"munmap of {size:#x} bytes failed: {os.strerror(error)}")
 
 
 def protect(hva: int, size: int, protection: int) -> None:

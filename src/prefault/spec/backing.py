@@ -81,6 +81,15 @@ def protect(host: Host, hva: int, size: int, access: Access) -> None:
         )
 
 
+def unmap(host: Host, hva: int, size: int) -> None:
+    """munmap(2)."""
+    error = host.mm.munmap(hva, hva + size)
+    if error:
+        raise PrefaultError(
+            f"munmap of {size:#x} bytes failed: {os.strerror(-error)}; hugetlb is unmapped by whole pages"
+        )
+
+
 def hva_of(host: Host, region: MemoryRegion, vma: Vma) -> int:
     """Address of the slot in its mapping."""
     huge = _huge_page_size(host, region)

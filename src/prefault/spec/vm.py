@@ -192,8 +192,7 @@ class SpecVm:
     def unmap(self, gpa: int, size: int) -> None:
         """munmap(2) the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
         with LOCK:
-            hva = self.hva_of(gpa, size)
-            self._host.mm.munmap(hva, hva + size)
+            backing.unmap(self._host, self.hva_of(gpa, size), size)
 
     def fork(self) -> SpecChild:
         """fork(2) of the VMM: it shares its private memory with the child, copied on write."""
