@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from prefault.cli.interrupt import INTERRUPTED
 from prefault.cli.main import main
 from prefault.conform import in_lab
+from prefault.conform.session import Session
 from prefault.errors import ExitCode, ToolMissing
 from prefault.scenarios import SCENARIOS
 from prefault.spec import Faults
@@ -193,3 +195,20 @@ def test_cases_that_end_alike_are_told_once(lab: FakeLab, capsys: pytest.Capture
     text = capsys.readouterr().out
     assert text.count("DIFFERENT  read_only_slots_are_mapped_read_only") == 1
     assert "the same: read_only_slots_are_mapped_read_only[shared]" in text
+
+
+def test_programs_that_differ_are_kept_when_the_search_is_interrupted(
+    lab: FakeLab, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    lab.change = wrong_leaves
+    monkeypatch.setattr(Session, "minimal", interrupted)
+    words = ["conform", "--random", "8", "--seed", "2", "--output", str(tmp_path)]
+    assert main(words) == INTERRUPTED
+    text = capsys.readouterr().out
+    assert "DIFFERENT" in text
+    kept = list(tmp_path.glob("program-2-*.json"))
+    assert kept
+    assert str(kept[0]) in text

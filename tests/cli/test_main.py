@@ -18,7 +18,8 @@ import pytest
 
 from prefault import __version__
 from prefault.cli import output
-from prefault.cli.main import BROKEN_PIPE, INTERRUPTED, main, root
+from prefault.cli.interrupt import INTERRUPTED
+from prefault.cli.main import BROKEN_PIPE, main, root
 from prefault.errors import (
     CapabilityMissing,
     JobTimeout,

@@ -10,12 +10,16 @@ import pytest
 
 from prefault.conform import in_lab, on_spec
 from prefault.conform.compare import Verdict
+from prefault.conform.judge import judge
 from prefault.conform.session import Session
 from prefault.conform.suite import Suite, choose
 from prefault.errors import LabError, LabLost, ToolMissing
 from prefault.lab.job import Job, JobResult, JobSplat
 from prefault.lab.machine import MachineOptions
+from prefault.lab.progress import Silent
+from prefault.scenarios import SCENARIOS
 from prefault.scenarios.program import PreFault, Protect
+from prefault.spec import Faults
 from tests.conform.fake_lab import FACTS, FakeLab, Line
 from tests.conform.test_shrink import PROGRAM
 
@@ -149,3 +153,18 @@ def test_the_search_ends_when_enough_programs_differ(lab: FakeLab) -> None:
     programs = {str(number): PROGRAM for number in range(120)}
     batches = list(Session(MachineOptions()).search(programs))
     assert len(batches) == 1
+
+
+def test_who_has_seen_enough_switches_the_machine_off(lab: FakeLab) -> None:
+    found = in_lab.play(Suite(NAMES), MachineOptions(), enough=lambda so_far: NAMES[1] in so_far.plays)
+    assert list(found.plays) == list(NAMES[:2])
+    assert found.boots == 1
+
+
+def test_a_judge_who_looks_for_one_bad_scenario_stops_at_the_first(lab: FakeLab) -> None:
+    lab.faults = Faults(dirty_marked=True)
+    found = judge(Path("Image"), MachineOptions(), 10, Silent(), all_of_them=False)
+    assert found.capability
+    assert len(found.bad) == 1
+    assert found.comparisons[-1] in found.bad
+    assert 1 < len(found.comparisons) < len(SCENARIOS)

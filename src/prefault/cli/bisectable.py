@@ -10,11 +10,14 @@ import click
 from rich.table import Table
 
 from prefault.cli import output
+from prefault.cli.interrupt import results_kept
 from prefault.cli.progress import drawn
+from prefault.conform import in_lab
 from prefault.conform.compare import Verdict
 from prefault.conform.judge import Judgement, judge, said
 from prefault.errors import BuildFailed, ExitCode, UsageError
 from prefault.lab import trial
+from prefault.lab.machine import MachineOptions
 from prefault.lab.progress import Progress
 from prefault.lab.series import Series
 
@@ -67,14 +70,16 @@ def bisectable(**options: Unpack[_Options]) -> None:
         raise UsageError(
             f"points {options['first']} to {last}: the series has points 0 to {len(series.patches)}"
         )
-    points = []
-    for number in range(options["first"], last + 1):
-        with drawn() as progress:
-            points.append(_look_at(number, series, progress))
-        click.echo(f"{number:2} {points[-1].patch}: {_sentence(points[-1])}", err=True)
+    points: list[Point] = []
+    with results_kept(lambda: points) as interruption:
+        for number in range(options["first"], last + 1):
+            with drawn() as progress:
+                points.append(_look_at(number, series, progress))
+            click.echo(f"{number:2} {points[-1].patch}: {_sentence(points[-1])}", err=True)
     _print(points)
     broken = any(point.problem for point in points)
-    click.get_current_context().exit(ExitCode.DOES_NOT_HOLD if broken else ExitCode.DONE)
+    status = ExitCode.DOES_NOT_HOLD if broken else ExitCode.DONE
+    click.get_current_context().exit(interruption.status(status))
 
 
 def _look_at(number: int, series: Series, progress: Progress) -> Point:
@@ -84,7 +89,8 @@ def _look_at(number: int, series: Series, progress: Progress) -> Point:
         image = trial.image(patches, name, strict=True, progress=progress)
     except BuildFailed as error:
         return Point(number, name, problem=str(error))
-    return _point(number, name, judge(image, "nested", LIMIT_SECONDS, progress))
+    options = MachineOptions(append=in_lab.HUGE_PAGES)
+    return _point(number, name, judge(image, options, LIMIT_SECONDS, progress))
 
 
 def _point(number: int, name: str, found: Judgement) -> Point:

@@ -15,6 +15,7 @@ import click
 from rich.table import Table
 
 from prefault.cli import output
+from prefault.cli.interrupt import results_kept
 from prefault.cli.kernels import KernelOptions, arguments_of, image_of, kernel_options
 from prefault.cli.progress import drawn
 from prefault.cli.values import Size
@@ -118,11 +119,12 @@ def conform(**options: Unpack[_Options]) -> None:
     with drawn() as progress:
         session = Session(machine_options(options), image_of(options), options["limit"], progress)
         run = _Run(options, session)
-        run.play()
+        with results_kept(lambda: run.comparisons) as interruption:
+            run.play()
     _print(run)
     if run.nothing_compared:
         click.echo(f"prefault: {run.nothing_compared}", err=True)
-    click.get_current_context().exit(run.exit_code)
+    click.get_current_context().exit(interruption.status(run.exit_code))
 
 
 def _list(names: Sequence[str]) -> None:
@@ -175,22 +177,28 @@ class _Run:
         nested = options["mode"] == "nested"
         drawn_programs = generate(options["random"], options["seed"], options["steps"], nested=nested)
         self.programs = {f"{options['seed']}-{index}": one for index, one in enumerate(drawn_programs)}
-        for comparisons in self.session.search(self.programs):
-            self.comparisons += comparisons
-        for index, one in enumerate(self.comparisons):
-            if one.verdict in BAD:
-                self.comparisons[index] = self._minimal(one)
+        try:
+            for comparisons in self.session.search(self.programs):
+                self.comparisons += comparisons
+            for index, one in enumerate(self.comparisons):
+                if one.verdict in BAD:
+                    self.comparisons[index] = self._minimal(one)
+        finally:  # as large as they are, if it was interrupted
+            for one in self.bad:
+                self._keep(one.name)
 
     def _minimal(self, one: Comparison) -> Comparison:
         program = self.programs[one.name]
         if one.verdict in SHRINKABLE:
             program, one = self.session.minimal(program, one)
         self.programs[one.name] = program
-        file = self.options["output_folder"] / f"program-{one.name}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(to_json(program), indent=1) + "\n")
-        self.files[one.name] = file
         return one
+
+    def _keep(self, name: str) -> None:
+        file = self.options["output_folder"] / f"program-{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(to_json(self.programs[name]), indent=1) + "\n")
+        self.files[name] = file
 
     @property
     def bad(self) -> list[Comparison]:

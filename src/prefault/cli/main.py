@@ -21,6 +21,7 @@ from prefault.cli import output
 from prefault.cli.bisectable import bisectable
 from prefault.cli.conform import conform
 from prefault.cli.explore import explore
+from prefault.cli.interrupt import INTERRUPTED
 from prefault.cli.lab import lab
 from prefault.cli.map import map_
 from prefault.cli.mutants import mutants
@@ -29,7 +30,6 @@ from prefault.cli.run import run
 from prefault.cli.soak import soak
 from prefault.errors import ExitCode, PrefaultError
 
-INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
 EPILOG = """\b

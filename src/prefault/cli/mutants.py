@@ -13,11 +13,13 @@ import click
 from rich.table import Table
 
 from prefault.cli import output
+from prefault.cli.interrupt import results_kept
 from prefault.cli.progress import drawn
+from prefault.conform import in_lab
 from prefault.conform.judge import judge, said
 from prefault.errors import BuildFailed, ExitCode, JobTimeout, LabLost
 from prefault.lab import mutants as lab_mutants
-from prefault.lab import trial
+from prefault.lab import trial, variants
 from prefault.lab.job import Job, JobSplat, run_job
 from prefault.lab.machine import MachineOptions
 from prefault.lab.mutants import Mutant
@@ -28,6 +30,7 @@ EPILOG = """\b
 Examples:
   prefault lab mutants                            all, about a minute each
   prefault lab mutants current-mmu progress-0     some of them
+  prefault lab mutants --all-scenarios progress-0 every scenario that notices one
   prefault lab mutants --list                     what is wrong with each
 
 \b
@@ -36,11 +39,14 @@ Exit codes: 0 all were caught, but for those that nobody can tell from a right k
 
 LIMIT_SECONDS = 20.0
 """What one scenario may take: a mutant that hangs must not take the afternoon."""
+VARIANT_LIMIT_SECONDS = 300.0
+"""The same on a variant, which may be slow."""
 
 
 class _Options(TypedDict):
     names: tuple[str, ...]
     list_only: bool
+    all_scenarios: bool
     soak_minutes: float
 
 
@@ -71,29 +77,37 @@ class Verdict:
     show_default=True,
     help="How long to soak what no scenario has caught; 0 for not at all.",
 )
+@click.option(
+    "--all-scenarios",
+    is_flag=True,
+    help="Go on after the first scenario that catches a mutant, to see which others do.",
+)
 @output.json_option
 @click.argument("names", nargs=-1)
 def mutants(**options: Unpack[_Options]) -> None:
     """Build each mutant of the series, and see whether it is caught.
 
-    A mutant is the series with one mistake that a good engineer could make, from kernel/mutants. All listed
-    scenarios are played on it and on the specification and compared, as `prefault conform` does; if that
-    finds nothing, it is soaked, as `prefault lab soak` does. A mutant that nothing catches shows a gap in
-    the tests, unless its patch argues that nobody could tell.
+    A mutant is the series with one mistake that a good engineer could make, from kernel/mutants. The listed
+    scenarios are played on it and on the specification and compared, as `prefault conform` does, until one
+    catches it; if none does, it is soaked, as `prefault lab soak` does. A mutant that nothing catches shows
+    a gap in the tests, unless its patch argues that nobody could tell. Those that only a variant of the
+    kernel notices need that variant: `prefault lab build --variant debug`.
     """
     chosen = lab_mutants.choose(options["names"], lab_mutants.read())
     if options["list_only"]:
         _list(chosen)
         return
-    verdicts = []
-    for mutant in chosen:
-        with drawn() as progress:
-            verdict = catch(mutant, options["soak_minutes"], progress)
-        verdicts.append(verdict)
-        click.echo(f"{mutant.name}: {_caught(verdict)}", err=True)
+    verdicts: list[Verdict] = []
+    with results_kept(lambda: verdicts) as interruption:
+        for mutant in chosen:
+            with drawn() as progress:
+                verdict = catch(mutant, options, progress)
+            verdicts.append(verdict)
+            click.echo(f"{mutant.name}: {_caught(verdict)}", err=True)
     _print(verdicts)
     surprising = any(one.surprising for one in verdicts)
-    click.get_current_context().exit(ExitCode.DOES_NOT_HOLD if surprising else ExitCode.DONE)
+    status = ExitCode.DOES_NOT_HOLD if surprising else ExitCode.DONE
+    click.get_current_context().exit(interruption.status(status))
 
 
 def _list(chosen: list[Mutant]) -> None:
@@ -106,19 +120,28 @@ def _list(chosen: list[Mutant]) -> None:
     output.stdout().print(table)
 
 
-def catch(mutant: Mutant, soak_minutes: float, progress: Progress) -> Verdict:
+def catch(mutant: Mutant, options: _Options, progress: Progress) -> Verdict:
     """Build it, and try to catch it."""
     try:
-        image = trial.image((*trial.lab_series().patches, mutant.patch), mutant.name, progress=progress)
+        image = trial.image(
+            (*trial.lab_series().patches, mutant.patch),
+            mutant.name,
+            variant=mutant.variant,
+            progress=progress,
+        )
     except BuildFailed as error:
         raise BuildFailed(f"{mutant.name}: {error}") from error
-    bad = judge(image, mutant.mode, LIMIT_SECONDS, progress).bad
+    limit = VARIANT_LIMIT_SECONDS if mutant.variant else LIMIT_SECONDS
+    machine = MachineOptions(
+        mode=mutant.mode, append=(*in_lab.HUGE_PAGES, *variants.arguments(mutant.variant))
+    )
+    bad = judge(image, machine, limit, progress, all_of_them=options["all_scenarios"]).bad
     if bad:
         return Verdict(mutant, tuple(one.name for one in bad), said(bad[0]))
-    if not soak_minutes:
+    if not options["soak_minutes"]:
         return Verdict(mutant)
     progress.stage("soak")
-    evidence = _soak(mutant, image, soak_minutes)
+    evidence = _soak(mutant, image, options["soak_minutes"])
     return Verdict(mutant, ("soak",) if evidence else (), evidence)
 
 
@@ -126,7 +149,12 @@ def _soak(mutant: Mutant, image: Path, minutes: float) -> str:
     """What a soak found; empty if nothing."""
     config = SoakConfig(seconds=60 * minutes, nested=mutant.mode == "nested")
     argv = ("python3", "-m", "prefault.soak.run", json.dumps(dataclasses.asdict(config)))
-    machine = MachineOptions(memory_mib=3072, cpus=4, mode=mutant.mode, append=("hugepages=8",))
+    machine = MachineOptions(
+        memory_mib=3072,
+        cpus=4,
+        mode=mutant.mode,
+        append=("hugepages=8", *variants.arguments(mutant.variant)),
+    )
     try:
         result = run_job(Job(argv, timeout=120 + 360 * minutes), machine, kernel=image)
     except JobSplat as error:

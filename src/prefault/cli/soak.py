@@ -15,6 +15,7 @@ import click
 from rich.table import Table
 
 from prefault.cli import output
+from prefault.cli.interrupt import results_kept
 from prefault.cli.kernels import KernelOptions, arguments_of, image_of, kernel_options
 from prefault.cli.values import Size
 from prefault.errors import ExitCode, JobTimeout, LabError, LabLost, Splat
@@ -125,10 +126,14 @@ def soak(**options: Unpack[_Options]) -> None:
         mode=options["mode"],
         append=("hugepages=8", *arguments_of(options)),
     )
-    splats, problem = _fight(job, machine, image_of(options), rounds)
+    splats: tuple[str, ...] = ()
+    problem = "it was interrupted"
+    with results_kept(lambda: rounds.done) as interruption:
+        splats, problem = _fight(job, machine, image_of(options), rounds)
     _print(rounds, config, splats, problem)
-    if splats or problem or list(rounds.wrong):
-        click.get_current_context().exit(ExitCode.DOES_NOT_HOLD)
+    wrong = splats or problem or list(rounds.wrong)
+    status = ExitCode.DOES_NOT_HOLD if wrong else ExitCode.DONE
+    click.get_current_context().exit(interruption.status(status))
 
 
 def _fight(

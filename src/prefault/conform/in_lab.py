@@ -45,12 +45,19 @@ class LabPlays:
     folders: list[Path] = field(default_factory=list)
 
 
+class _Enough(Exception):
+    """What was to be found out is found out."""
+
+
 class _Lines:
     """Takes the lines of a job as they come."""
 
-    def __init__(self, into: LabPlays, done: Callable[[str], None]) -> None:
+    def __init__(
+        self, into: LabPlays, done: Callable[[str], None], enough: Callable[[LabPlays], bool]
+    ) -> None:
         self._into = into
         self._done = done
+        self._enough = enough
         self._rest = b""
 
     def __call__(self, kind: Kind, piece: bytes) -> None:
@@ -65,6 +72,8 @@ class _Lines:
             play = Play.from_json(raw)
             self._into.plays[play.name] = play
             self._done(play.name)
+            if self._enough(self._into):
+                raise _Enough
 
 
 def play(
@@ -73,11 +82,14 @@ def play(
     kernel: Path | None = None,
     limit: float = LIMIT_SECONDS,
     done: Callable[[str], None] = lambda name: None,
+    enough: Callable[[LabPlays], bool] = lambda plays: False,
 ) -> LabPlays:
     """Play all of a suite on a kernel in the lab.
 
     :param limit: seconds for one scenario
     :param done: told each name
+    :param enough: asked after each scenario that was played to its end, the last of ``plays``; if so, the
+        machine is switched off and the rest is left out
     :raises ToolMissing: QEMU, the kernel or the root file system is not here
     :raises LabLost: it does not come up
     :raises LabError: it came up and played nothing
@@ -90,7 +102,10 @@ def play(
                 found.plays[name] = Play(name, "lost", text)
             break
         found.boots += 1
-        _boot(suite.only(left), options, kernel, limit, found, _Lines(found, done))
+        try:
+            _boot(suite.only(left), options, kernel, limit, found, _Lines(found, done, enough))
+        except _Enough:
+            break
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prefault.conform import in_lab, on_spec
 from prefault.conform.compare import BAD, Comparison, Verdict, compare_all
+from prefault.conform.in_lab import LabPlays
 from prefault.conform.suite import Suite, choose
 from prefault.lab.machine import MachineOptions
 from prefault.lab.progress import Progress
@@ -34,18 +35,28 @@ class Judgement:
         return sum(one.verdict is Verdict.EQUAL for one in self.comparisons)
 
 
-def judge(kernel: Path, mode: str, limit: float, progress: Progress) -> Judgement:
+def judge(
+    kernel: Path, options: MachineOptions, limit: float, progress: Progress, *, all_of_them: bool = True
+) -> Judgement:
     """Play everything.
 
-    :param mode: of KVM
     :param limit: seconds that one scenario may take
+    :param all_of_them: go on after the first scenario that does not hold
     """
     suite = Suite(choose(()))
     progress.stage("scenarios", len(suite.order()))
-    options = MachineOptions(mode=mode, append=in_lab.HUGE_PAGES)
-    lab = in_lab.play(suite, options, kernel, limit, progress.step)
-    spec = on_spec.play(suite, on_spec.host_config(lab.facts))
-    return Judgement(bool(lab.facts.get("pre_fault_memory")), tuple(compare_all(spec, lab.plays)))
+
+    def enough(lab: LabPlays) -> bool:
+        return not all_of_them and _compared(lab, list(lab.plays)[-1:])[0].verdict in BAD
+
+    lab = in_lab.play(suite, options, kernel, limit, progress.step, enough)
+    return Judgement(on_spec.can_pre_fault(lab.facts), tuple(_compared(lab, list(lab.plays))))
+
+
+def _compared(lab: LabPlays, names: list[str]) -> list[Comparison]:
+    """Some of what the kernel played, beside what the specification shows."""
+    spec = on_spec.play(Suite(tuple(names)), on_spec.host_config(lab.facts))
+    return compare_all(spec, {name: lab.plays[name] for name in names})
 
 
 def said(one: Comparison) -> str:

@@ -26,7 +26,7 @@ class Mutant:
 
     :ivar mistake: what is wrong, in a sentence
     :ivar mode: the mode of KVM in which it shows
-    :ivar variant: the variant of the lab's kernel that notices it
+    :ivar variant: the variant of the lab's kernel that notices it; None is the ordinary one
     :ivar equivalent: why nobody can tell it from the right kernel; empty if somebody can
     """
 
@@ -34,7 +34,7 @@ class Mutant:
     patch: Path
     mistake: str
     mode: str = "nested"
-    variant: str = ""
+    variant: str | None = None
     equivalent: str = ""
 
 
@@ -58,7 +58,7 @@ def _read_one(path: Path) -> Mutant:
         patch=path,
         mistake=" ".join(" ".join(text).split()),
         mode=trailers.get("Mode", "nested"),
-        variant=trailers.get("Variant", ""),
+        variant=trailers.get("Variant"),
         equivalent=trailers.get("Equivalent", ""),
     )
 

@@ -23,28 +23,34 @@ def lab_series() -> Series:
 
 
 def image(
-    patches: Sequence[Path], name: str, *, strict: bool = False, progress: Progress | None = None
+    patches: Sequence[Path],
+    name: str,
+    *,
+    variant: str | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Build the base with some patches.
 
     :param name: for the progress
+    :param variant: the variant of the lab's kernel to build; None is the ordinary one
     :param strict: take warnings for errors
     :returns: its Image, which the next call replaces
     :raises ToolMissing: the lab has no kernel to begin with
     :raises BuildFailed: a patch does not apply, or the kernel does not compile
     """
     progress = progress or Silent()
-    build.current()
+    folder = build.current(variant).folder
     with cache.locked("kernel"):
         origin = source.packaged()
-        make = Make(origin.tree, origin.folder / "build", origin.folder / "trial.log", os.cpu_count() or 1)
+        make = Make(origin.tree, folder / "build", folder / "trial.log", os.cpu_count() or 1)
         try:
             progress.stage(f"compiling {name}")
             series.apply(Series(tuple(patches)), origin)
             output = make.run("Image", on_step=progress.step)
             if strict:
                 kbuild.fail_on_warnings(output, make.tree, f"compiling {name}")
-            made = origin.folder / "trial-Image"
+            made = folder / "trial-Image"
             cache.write_file(made, (make.output / "arch/arm64/boot/Image").read_bytes())
         finally:
             series.apply(lab_series(), origin)
