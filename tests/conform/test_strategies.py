@@ -12,6 +12,8 @@ from prefault.scenarios import perform
 from prefault.scenarios.program import Action, Advise, Guest, SetRegion, scenario
 from prefault.spec import open_spec
 
+_KINDS = ((False, False), (True, False), (True, True))
+
 
 def test_a_seed_says_which_programs() -> None:
     assert generate(4, 3, 8) == generate(4, 3, 8)
@@ -31,10 +33,15 @@ def test_every_kind_of_action_and_every_backing_comes_up() -> None:
     regions = [action.region for action in found if isinstance(action, SetRegion)]
     assert {region.backing for region in regions} == set(Backing) - {Backing.DEVICE}
     advised = {action.advice for action in found if isinstance(action, Advise)}
-    assert advised == set(Advice) - {Advice.HWPOISON, Advice.MERGEABLE, Advice.SOFT_OFFLINE}
+    assert advised == set(Advice) - {Advice.HWPOISON, Advice.MERGEABLE}
     steps = [step for action in found if isinstance(action, Guest) for step in action.steps]
     assert any(isinstance(step, EnterL2) for step in steps)
     assert any(isinstance(step, Execute) for step in steps)
+
+
+def test_vcpus_with_and_without_el2_come_up() -> None:
+    found = Counter((program.el2, program.e2h0, program.vcpus) for program in generate(60, 5, 1))
+    assert set(found) == {(el2, e2h0, vcpus) for el2, e2h0 in _KINDS for vcpus in (1, 2)}
 
 
 def test_without_nested_no_vcpu_has_el2() -> None:

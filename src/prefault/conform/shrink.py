@@ -18,6 +18,7 @@ from prefault.scenarios.program import (
     PAGE,
     Action,
     Advise,
+    Age,
     Guest,
     PreFault,
     Protect,
@@ -148,7 +149,7 @@ def _simpler(action: Action) -> Iterator[Action]:
         case Resume():
             if action.early or action.events:
                 yield dataclasses.replace(action, early=False, events=0)
-        case PreFault(gpa, size) | Advise(gpa, size) | Protect(gpa, size) | Unmap(gpa, size):
+        case PreFault(gpa, size) | Advise(gpa, size) | Protect(gpa, size) | Unmap(gpa, size) | Age(gpa, size):
             yield from (dataclasses.replace(action, size=one) for one in (PAGE, BLOCK) if 0 < one < size)
             if gpa > DATA:
                 yield dataclasses.replace(action, gpa=DATA)

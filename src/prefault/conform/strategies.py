@@ -36,10 +36,15 @@ from prefault.scenarios.program import (
     PAGE_CACHE,
     Action,
     Advise,
+    Age,
+    ChildExit,
+    ChildRead,
     DirtyLog,
+    Fork,
     Guest,
     HostRead,
     HostWrite,
+    Merge,
     PreFault,
     Protect,
     Resume,
@@ -61,6 +66,8 @@ _Drawn = TypeVar("_Drawn")
 Draw = Callable[[st.SearchStrategy[_Drawn]], _Drawn]
 
 _PAGES = st.sampled_from([0, 1, 2, 511, 512, 513, 1023, 1024, 1535, 2047]) | st.integers(0, 2047)
+_FIRST = st.integers(0, 1 << 32)
+"""The first value of an example that is drawn after the simplest one is never the simplest."""
 _SELDOM = st.sampled_from([False] * 4 + [True])
 _GPA = _PAGES.map(lambda page: DATA + page * PAGE)
 _FEW = st.sampled_from([1, 1, 2, 512]).map(lambda pages: pages * PAGE)
@@ -179,10 +186,14 @@ class _Author:
         self._vcpu = st.integers(0, vcpus - 1)
         self._el2 = el2
         self._regions: dict[int, MemoryRegion] = {}
+        self._merged = False
         often = [(self._guest, 20), (self._pre_fault, 16), (self._resume, 8), (self._advise, 10)]
         seldom = [(self._add, 6), (self._log, 6), (self._toggle_log, 4), (self._host, 4), (self._delete, 2)]
-        rarely = [(self._protect, 2), (self._move, 2), (self._unmap, 1)]
-        kinds = [kind for kind, weight in (*often, *seldom, *rarely) for _ in range(weight)]
+        rarely = [(self._protect, 2), (self._move, 2), (self._unmap, 1), (self._age, 2), (self._migrate, 1)]
+        # Whether a page that was shared is copied or used again when it is written is for nobody to know;
+        # with an L2 it can be seen, as copying empties the shadow MMUs.
+        host = [] if el2 else [(self._fork, 2), (self._child_reads, 1), (self._merge, 4)]
+        kinds = [kind for kind, weight in (*often, *seldom, *rarely, *host) for _ in range(weight)]
         self._kind = st.sampled_from(kinds)
 
     def actions(self, count: int) -> tuple[Action, ...]:
@@ -261,6 +272,29 @@ class _Author:
     def _unmap(self) -> Action:
         return Unmap(*self._range())
 
+    def _fork(self) -> Action:
+        return self._pick(st.sampled_from([Fork(), Fork(), ChildExit()]))
+
+    def _child_reads(self) -> Action:
+        return ChildRead(self._gpa())
+
+    def _merge(self) -> Action:
+        """Once: KSM comes by what was merged before, too, and may find it equal to something else by then."""
+        region = self._known()
+        if self._merged or region.backing is not Backing.PRIVATE:
+            return self._age()
+        self._merged = True
+        pages = self._pick(st.integers(2, 4))
+        at = self._pick(_PAGES) % (region.size // PAGE - pages + 1) * PAGE
+        return Merge(region.gpa + at, pages * PAGE)
+
+    def _age(self) -> Action:
+        return Age(*self._range())
+
+    def _migrate(self) -> Action:
+        gpa, size = self._range()
+        return Advise(gpa, min(size, 2 * PAGE), Advice.SOFT_OFFLINE)
+
     def _host(self) -> Action:
         gpa = self._gpa()
         return HostWrite(gpa) if self._pick(_YES) else HostRead(gpa)
@@ -299,6 +333,7 @@ def programs(draw: Draw[object], actions: int = 25, nested: bool = True) -> VmmP
 
     :param nested: whether vCPUs may have EL2
     """
+    draw(_FIRST)
     el2 = nested and bool(draw(st.booleans()))
     e2h0 = el2 and bool(draw(st.booleans()))
     vcpus = 2 if draw(st.booleans()) else 1

@@ -21,6 +21,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +33,7 @@ from prefault.machine import (
     Access,
     Advice,
     Backing,
+    Child,
     Exit,
     Failed,
     FaultCounts,
@@ -110,6 +112,39 @@ class Protect(Action):
 @dataclass(frozen=True)
 class Unmap(Action):
     """munmap(2)."""
+
+    gpa: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Fork(Action):
+    """fork(2): from now on a child has the VMM's private memory, too. There is one at a time."""
+
+
+@dataclass(frozen=True)
+class ChildRead(Action):
+    """The child reads guest memory as it has it, as many bytes as HOST_DATA has."""
+
+    gpa: int
+
+
+@dataclass(frozen=True)
+class ChildExit(Action):
+    """The child ends."""
+
+
+@dataclass(frozen=True)
+class Merge(Action):
+    """The VMM fills some pages with the same, and KSM makes one page of them."""
+
+    gpa: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Age(Action):
+    """The host takes note that nobody has used some pages lately."""
 
     gpa: int
     size: int
@@ -273,6 +308,16 @@ def describe(action: Action) -> str:
             return f"the host protects {_range(gpa, size)}: {access.value}"
         case Unmap(gpa, size):
             return f"the host unmaps {_range(gpa, size)}"
+        case Fork():
+            return "the VMM forks"
+        case ChildRead(gpa):
+            return f"the child reads {_at(gpa)}"
+        case ChildExit():
+            return "the child ends"
+        case Merge(gpa, size):
+            return f"the host merges {_range(gpa, size)}"
+        case Age(gpa, size):
+            return f"the host ages {_range(gpa, size)}"
         case PreFault(gpa, size, flags, vcpu):
             return f"vCPU {vcpu}: pre-fault {_range(gpa, size)}" + (f", flags {flags:#x}" if flags else "")
         case Guest(steps, vcpu):
@@ -412,7 +457,12 @@ class _Player:
         self._standing: dict[int, Exit | None] = {}
         """What vCPUs stand in: None for an event of the port. A vCPU at its end is not there."""
         self._slots: dict[int, _Memory] = {}
+        self._child: Child | None = None
         self._answers = 0
+
+    def close(self) -> None:
+        """Let nobody wait for what the program has left behind."""
+        self._end_child()
 
     def show(self, action: Action) -> dict[str, object]:
         """Do an action; what it shows."""
@@ -463,6 +513,17 @@ class _Player:
             case Unmap(gpa, size):
                 self._close(gpa, size)
                 self._vm.unmap(gpa, size)
+            case Fork():
+                self._end_child()
+                self._child = self._vm.fork()
+            case ChildRead(gpa):
+                return self._child_reads(gpa)
+            case ChildExit():
+                self._end_child()
+            case Merge(gpa, size):
+                return self._merge(gpa, size)
+            case Age(gpa, size):
+                self._vm.age(gpa, size)
             case PreFault(gpa, size, flags, vcpu):
                 progress = self._vcpu(vcpu).pre_fault_memory_once(gpa, size, flags)
                 return [progress.errno, progress.gpa, progress.size]
@@ -513,6 +574,29 @@ class _Player:
     def _host(self, gpa: int, do: Callable[[], object]) -> object:
         return do() or "done" if self._open(gpa, len(HOST_DATA)) else "not for the VMM"
 
+    # What the host does with it.
+
+    def _end_child(self) -> None:
+        if self._child:
+            self._child.close()
+        self._child = None
+
+    def _child_reads(self, gpa: int) -> object:
+        if not self._child:
+            return "there is no child"
+        # What is closed to the VMM may be closed to the child.
+        return self._host(gpa, partial(self._child_data, self._child, gpa))
+
+    def _child_data(self, child: Child, gpa: int) -> str:
+        return child.read_memory(gpa, len(HOST_DATA)).hex()
+
+    def _merge(self, gpa: int, size: int) -> object:
+        if not self._open(gpa, size):
+            return "not for the VMM"
+        self._vm.write_memory(gpa, HOST_DATA[:8] * (size // 8))
+        self._vm.merge(gpa, size)
+        return "done"
+
     # Guests.
 
     def _guest(self, action: Guest) -> object:
@@ -559,8 +643,13 @@ class _Player:
 def _may_decline(action: Action) -> bool:
     """Whether a kernel may be unable to do it, for want of huge pages for instance, without being wrong."""
     if isinstance(action, Advise):
-        return action.advice in (Advice.COLLAPSE, Advice.POPULATE_READ, Advice.POPULATE_WRITE)
-    return isinstance(action, SetRegion)
+        return action.advice in (
+            Advice.COLLAPSE,
+            Advice.POPULATE_READ,
+            Advice.POPULATE_WRITE,
+            Advice.SOFT_OFFLINE,
+        )
+    return isinstance(action, SetRegion | Merge | Age)
 
 
 def _functions(steps: tuple[guest.Step, ...], mappings: tuple[L2Mapping, ...] = ()) -> Iterator[int]:
@@ -581,9 +670,9 @@ def _without_space(message: str) -> str:
 def play(program: VmmProgram, stage: Stage) -> None:
     """Do a program, and record what each action shows."""
     fitting: VmmProgram = scaled(program, stage.page, stage.block)
-    player = _Player(stage, fitting)
-    for number, (action, written) in enumerate(zip(fitting.actions, program.actions, strict=True), 1):
-        stage.see(f"{number}. {describe(written)}", player.show(action))
+    with closing(_Player(stage, fitting)) as player:
+        for number, (action, written) in enumerate(zip(fitting.actions, program.actions, strict=True), 1):
+            stage.see(f"{number}. {describe(written)}", player.show(action))
 
 
 def scenario(name: str, program: VmmProgram, *requirements: str) -> Scenario:

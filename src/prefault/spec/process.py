@@ -178,6 +178,7 @@ class Process(Mm):
         """A child with the same private pages; both copy on write from now on. Mirrors: copy_page_range()"""
         child = Process(self.memory)
         child.vmas = [replace(vma) for vma in self.vmas]
+        child.ptes = {shift: {} for shift in self.ptes}
         child.mapcount = self.mapcount
         for vma in self.vmas:
             if not vma.shared and not vma.pfn:
@@ -191,7 +192,7 @@ class Process(Mm):
                 entries[number] &= ~WRITABLE
                 pfn = entries[number] >> PFN_SHIFT
                 self.mapcount[pfn] = max(1, self.mapcount[pfn]) + 1
-                child.ptes.setdefault(shift, {})[number] = entries[number]
+                child.ptes[shift][number] = entries[number]
 
     def exit(self) -> None:
         """The process of a forked Mm ends."""
