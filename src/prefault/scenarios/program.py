@@ -458,6 +458,8 @@ class _Player:
         """What vCPUs stand in: None for an event of the port. A vCPU at its end is not there."""
         self._slots: dict[int, _Memory] = {}
         self._child: Child | None = None
+        self._inherited: list[_Memory] = []
+        """What the child has."""
         self._answers = 0
 
     def close(self) -> None:
@@ -516,6 +518,7 @@ class _Player:
             case Fork():
                 self._end_child()
                 self._child = self._vm.fork()
+                self._inherited = list(self._slots.values())
             case ChildRead(gpa):
                 return self._child_reads(gpa)
             case ChildExit():
@@ -582,13 +585,14 @@ class _Player:
         self._child = None
 
     def _child_reads(self, gpa: int) -> object:
+        size = len(HOST_DATA)
         if not self._child:
             return "there is no child"
+        inherited = all(any(memory is one for one in self._inherited) for memory, _ in self._pages(gpa, size))
         # What is closed to the VMM may be closed to the child.
-        return self._host(gpa, partial(self._child_data, self._child, gpa))
-
-    def _child_data(self, child: Child, gpa: int) -> str:
-        return child.read_memory(gpa, len(HOST_DATA)).hex()
+        if not inherited or not self._open(gpa, size):
+            return "not for the child"
+        return self._child.read_memory(gpa, size).hex()
 
     def _merge(self, gpa: int, size: int) -> object:
         if not self._open(gpa, size):
