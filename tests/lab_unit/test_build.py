@@ -12,7 +12,7 @@ import pytest
 from prefault.errors import ToolMissing, UsageError
 from prefault.lab import build, config
 from prefault.lab.build import KERNEL_FOLDER, Record
-from prefault.lab.variants import VARIANTS, arguments
+from prefault.lab.variants import VARIANTS, of
 
 RECORD = Record("7.3.4", "a source", "identity", "config", "series", (), "gcc", "image", (), 1.0)
 
@@ -78,5 +78,5 @@ def test_a_dry_run_builds_a_variant_in_a_folder_of_its_own(own_cache: Path) -> N
 
 
 def test_a_kernel_is_told_what_its_variant_needs() -> None:
-    assert arguments(None) == arguments("16k") == ()
-    assert arguments("debug") == ("page_poison=1",)
+    assert of(None).arguments == of("16k").arguments == ()
+    assert of("debug").arguments == ("page_poison=1",)

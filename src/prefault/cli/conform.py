@@ -16,7 +16,7 @@ from rich.table import Table
 
 from prefault.cli import output
 from prefault.cli.interrupt import results_kept
-from prefault.cli.kernels import KernelOptions, arguments_of, image_of, kernel_options
+from prefault.cli.kernels import KernelOptions, image_of, kernel_options, variant_of
 from prefault.cli.progress import drawn
 from prefault.cli.values import Size
 from prefault.conform import in_lab, on_spec
@@ -57,8 +57,8 @@ class _Options(KernelOptions):
     mode: str
     lpa2: bool
     mte: bool
-    memory: int
-    limit: float
+    memory: int | None
+    limit: float | None
 
 
 @click.command(epilog=EPILOG)
@@ -94,13 +94,14 @@ class _Options(KernelOptions):
 @kernel_options
 @click.option("--lpa2", is_flag=True, help="52-bit addresses; nested VMs are slow then.")
 @click.option("--mte", is_flag=True, help="Memory tags; everything is slower then.")
-@click.option("--memory", type=Size(), default="3G", show_default=True, help="Memory of the lab's machine.")
+@click.option(
+    "--memory", type=Size(), help="Memory of the lab's machine; 3G, or what the variant needs, if not given."
+)
 @click.option(
     "--limit",
     type=click.FloatRange(min=1),
-    default=in_lab.LIMIT_SECONDS,
-    show_default=True,
-    help="Seconds that one scenario may take on the kernel.",
+    help=f"Seconds that one scenario may take on the kernel; {in_lab.LIMIT_SECONDS:g}, or more for a slow "
+    "variant, if not given.",
 )
 @output.json_option
 @click.argument("names", nargs=-1)
@@ -117,7 +118,7 @@ def conform(**options: Unpack[_Options]) -> None:
         _list(choose(options["names"], options["requirement"]))
         return
     with drawn() as progress:
-        session = Session(machine_options(options), image_of(options), options["limit"], progress)
+        session = Session(machine_options(options), image_of(options), _limit(options), progress)
         run = _Run(options, session)
         with results_kept(lambda: run.comparisons) as interruption:
             run.play()
@@ -239,7 +240,8 @@ class _Run:
         words += [
             f"--{flag}" for flag, given in (("lpa2", options["lpa2"]), ("mte", options["mte"])) if given
         ]
-        words += ["--memory", f"{options['memory'] >> 20}M"] if options["memory"] != 3 << 30 else []
+        words += ["--memory", f"{options['memory'] >> 20}M"] if options["memory"] else []
+        words += ["--limit", f"{options['limit']:g}"] if options["limit"] else []
         return shlex.join(words)
 
 
@@ -254,14 +256,19 @@ def _read(file: Path) -> VmmProgram:
         raise UsageError(f"{file} is not JSON: {error}") from error
 
 
+def _limit(options: _Options) -> float:
+    return options["limit"] or in_lab.LIMIT_SECONDS * variant_of(options).slow
+
+
 def machine_options(options: _Options) -> MachineOptions:
     """The lab's machine that the options ask for."""
+    memory = options["memory"]
     return MachineOptions(
-        memory_mib=options["memory"] >> 20,
+        memory_mib=memory >> 20 if memory else variant_of(options).memory_mib,
         mode=options["mode"],
         lpa2=options["lpa2"],
         mte=options["mte"],
-        append=(*in_lab.HUGE_PAGES, *arguments_of(options)),
+        append=(*in_lab.HUGE_PAGES, *variant_of(options).arguments),
     )
 
 

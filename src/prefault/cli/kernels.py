@@ -12,7 +12,7 @@ import click
 from prefault.cli.values import KernelImage
 from prefault.errors import UsageError
 from prefault.lab import build
-from prefault.lab.variants import VARIANTS, arguments
+from prefault.lab.variants import VARIANTS, Variant, of
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
@@ -50,6 +50,6 @@ def image_of(options: KernelOptions) -> Path | None:
     return build.kernel_image(variant) if variant else options["kernel"]
 
 
-def arguments_of(options: KernelOptions) -> tuple[str, ...]:
-    """What the kernel must be told when it boots."""
-    return arguments(options["variant"])
+def variant_of(options: KernelOptions) -> Variant:
+    """What is particular to the kernel that is booted."""
+    return of(options["variant"])

@@ -16,7 +16,7 @@ import click
 from rich.table import Table
 
 from prefault.cli import output
-from prefault.cli.kernels import KernelOptions, arguments_of, image_of, kernel_options
+from prefault.cli.kernels import KernelOptions, image_of, kernel_options, variant_of
 from prefault.cli.progress import drawn
 from prefault.cli.values import Size
 from prefault.errors import ExitCode, ToolMissing, UsageError
@@ -83,7 +83,7 @@ def _chosen_machine(choices: _MachineChoices) -> MachineOptions:
         icount=choices["icount"],
         lpa2=choices["lpa2"],
         mte=choices["mte"],
-        append=(*arguments_of(choices), *choices["append"]),
+        append=(*variant_of(choices).arguments, *choices["append"]),
     )
 
 

@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from prefault.cli import output
-from prefault.cli.kernels import arguments_of, image_of
+from prefault.cli.kernels import image_of, variant_of
 from prefault.cli.walks import (
     WalkOptions,
     given,
@@ -181,7 +181,7 @@ def _in_lab(config: WalkConfig, options: _Options) -> TablesResult | None:
         memory_mib=options["memory"] >> 20,
         cpus=options["vcpus"],
         mode=options["mode"],
-        append=arguments_of(options),
+        append=variant_of(options).arguments,
     )
     kernel = image_of(options)
     if options["dry_run"]:

@@ -38,9 +38,7 @@ Exit codes: 0 all were caught, but for those that nobody can tell from a right k
 2 usage, 3 operating error, 77 no lab."""
 
 LIMIT_SECONDS = 20.0
-"""What one scenario may take: a mutant that hangs must not take the afternoon."""
-VARIANT_LIMIT_SECONDS = 300.0
-"""The same on a variant, which may be slow."""
+"""What one scenario may take: a mutant that hangs must not take the afternoon. More on a slow kernel."""
 
 
 class _Options(TypedDict):
@@ -131,10 +129,11 @@ def catch(mutant: Mutant, options: _Options, progress: Progress) -> Verdict:
         )
     except BuildFailed as error:
         raise BuildFailed(f"{mutant.name}: {error}") from error
-    limit = VARIANT_LIMIT_SECONDS if mutant.variant else LIMIT_SECONDS
+    variant = variants.of(mutant.variant)
     machine = MachineOptions(
-        mode=mutant.mode, append=(*in_lab.HUGE_PAGES, *variants.arguments(mutant.variant))
+        variant.memory_mib, mode=mutant.mode, append=(*in_lab.HUGE_PAGES, *variant.arguments)
     )
+    limit = LIMIT_SECONDS * variant.slow
     bad = judge(image, machine, limit, progress, all_of_them=options["all_scenarios"]).bad
     if bad:
         return Verdict(mutant, tuple(one.name for one in bad), said(bad[0]))
@@ -149,11 +148,9 @@ def _soak(mutant: Mutant, image: Path, minutes: float) -> str:
     """What a soak found; empty if nothing."""
     config = SoakConfig(seconds=60 * minutes, nested=mutant.mode == "nested")
     argv = ("python3", "-m", "prefault.soak.run", json.dumps(dataclasses.asdict(config)))
+    variant = variants.of(mutant.variant)
     machine = MachineOptions(
-        memory_mib=3072,
-        cpus=4,
-        mode=mutant.mode,
-        append=("hugepages=8", *variants.arguments(mutant.variant)),
+        variant.memory_mib, cpus=4, mode=mutant.mode, append=("hugepages=8", *variant.arguments)
     )
     try:
         result = run_job(Job(argv, timeout=120 + 360 * minutes), machine, kernel=image)

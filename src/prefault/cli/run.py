@@ -12,7 +12,7 @@ from typing import Unpack
 import click
 
 from prefault.cli import output
-from prefault.cli.kernels import arguments_of, image_of
+from prefault.cli.kernels import image_of, variant_of
 from prefault.cli.walks import (
     WalkOptions,
     print_command,
@@ -145,7 +145,7 @@ def _in_lab(config: WalkConfig, options: _Options) -> _Outcome | None:
         cpus=options["vcpus"],
         mode=options["mode"],
         icount=options["icount"],
-        append=arguments_of(options),
+        append=variant_of(options).arguments,
     )
     kernel = image_of(options)
     if options["dry_run"]:

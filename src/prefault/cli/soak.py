@@ -16,7 +16,7 @@ from rich.table import Table
 
 from prefault.cli import output
 from prefault.cli.interrupt import results_kept
-from prefault.cli.kernels import KernelOptions, arguments_of, image_of, kernel_options
+from prefault.cli.kernels import KernelOptions, image_of, kernel_options, variant_of
 from prefault.cli.values import Size
 from prefault.errors import ExitCode, JobTimeout, LabError, LabLost, Splat
 from prefault.lab.frames import Kind
@@ -44,7 +44,7 @@ class _Options(KernelOptions):
     nested: bool
     vcpus: int
     cpus: int
-    memory: int
+    memory: int | None
     mode: str
 
 
@@ -95,7 +95,7 @@ class _Rounds:
 @click.option("--nested/--no-nested", default=True, show_default=True, help="L2 guests in every other round.")
 @click.option("--vcpus", type=click.IntRange(2, 8), default=4, show_default=True, help="vCPUs of the VM.")
 @click.option("--cpus", type=click.IntRange(1, 8), default=4, show_default=True, help="CPUs of the lab.")
-@click.option("--memory", type=Size(), default="3G", show_default=True, help="Memory of the lab.")
+@click.option("--memory", type=Size(), help="Memory of the lab; 3G, or what the variant needs, if not given.")
 @click.option("--mode", type=click.Choice(MODES), default="nested", show_default=True, help="KVM's mode.")
 @kernel_options
 @output.json_option
@@ -120,11 +120,12 @@ def soak(**options: Unpack[_Options]) -> None:
         ("python3", "-m", "prefault.soak.run", json.dumps(dataclasses.asdict(config))),
         timeout=120 + SLACK * 60 * options["minutes"],
     )
+    memory, variant = options["memory"], variant_of(options)
     machine = MachineOptions(
-        memory_mib=options["memory"] >> 20,
+        memory_mib=memory >> 20 if memory else variant.memory_mib,
         cpus=options["cpus"],
         mode=options["mode"],
-        append=("hugepages=8", *arguments_of(options)),
+        append=("hugepages=8", *variant.arguments),
     )
     splats: tuple[str, ...] = ()
     problem = "it was interrupted"

@@ -118,7 +118,7 @@ def current(variant: str | None = None) -> BuiltKernel:
 
 def _origin(variant: str | None) -> Path | None:
     """The folder of the source that a variant was built from, if there is one: its own, or the last."""
-    base = variants.base(variant)
+    base = variants.of(variant).base
     if base != source.SERIES_VERSION:
         return source.folder_of(None, base)
     pointer = cache.root() / "kernel" / "current"
@@ -127,7 +127,7 @@ def _origin(variant: str | None) -> Path | None:
 
 def _place(folder: Path, variant: str | None) -> Path:
     """Where a variant is built, within the folder of its source."""
-    shared = variant and variants.base(variant) == source.SERIES_VERSION
+    shared = variant and variants.of(variant).base == source.SERIES_VERSION
     return folder / "variants" / str(variant) if shared else folder
 
 
@@ -209,7 +209,7 @@ def build(
     with cache.locked("kernel"):
         progress.stage("kernel source")
         cache.remove_leftovers(cache.root() / "kernel")
-        base = variants.base(variant)
+        base = variants.of(variant).base
         origin = source.own(tree) if tree is not None else source.packaged(base)
         recipe = recipe_for(source.version_of(origin.tree), variant=variant)
         folder = _place(origin.folder, variant)
@@ -286,7 +286,7 @@ def commands(
 ) -> tuple[tuple[str, ...], ...]:
     """Command lines that a build from nothing would run, for reading. Nothing is run or fetched."""
     listed: list[tuple[str, ...]] = []
-    base = variants.base(variant)
+    base = variants.of(variant).base
     folder = source.folder_of(tree, base)
     if folder is None:
         listed.append(("apt-get", "download", source.package(base), f"# from {source.SUITES[base]}"))

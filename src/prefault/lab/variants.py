@@ -19,27 +19,29 @@ class Variant:
     :ivar about: what it is for
     :ivar arguments: what its kernel must be told when it boots
     :ivar base: the kernel version, one of ``source.PACKAGES``
+    :ivar memory_mib: what the machine needs for all scenarios, blocks of level 2 among them
+    :ivar slow: how many times longer than on the ordinary kernel something may take
     """
 
     about: str
     arguments: tuple[str, ...] = ()
     base: str = SERIES_VERSION
+    memory_mib: int = 3072
+    slow: int = 1
 
 
 VARIANTS = {
-    "debug": Variant("KASAN, lockdep, fault injection and other checks; slow", ("page_poison=1",)),
-    "kcsan": Variant("a detector of data races; slow"),
-    "16k": Variant("16 KiB pages"),
-    "64k": Variant("64 KiB pages"),
+    "debug": Variant(
+        "KASAN, lockdep, fault injection and other checks; slow", ("page_poison=1",), memory_mib=4096, slow=10
+    ),
+    "kcsan": Variant("a detector of data races; slow", slow=10),
+    "16k": Variant("16 KiB pages", slow=2),
+    "64k": Variant("64 KiB pages", memory_mib=10240, slow=2),
     "6.12": Variant("the long-term kernel 6.12", base="6.12"),
 }
+_ORDINARY = Variant("what the lab boots unless told otherwise")
 
 
-def arguments(name: str | None) -> tuple[str, ...]:
-    """Kernel arguments of a variant; none for the ordinary kernel."""
-    return VARIANTS[name].arguments if name else ()
-
-
-def base(name: str | None) -> str:
-    """The kernel version of a variant, or of the ordinary kernel."""
-    return VARIANTS[name].base if name else SERIES_VERSION
+def of(name: str | None) -> Variant:
+    """A variant by its name; None is the ordinary kernel."""
+    return VARIANTS[name] if name else _ORDINARY
