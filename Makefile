@@ -5,10 +5,13 @@ PYTHON ?= python3
 LAB ?= yes
 BIN := .venv/bin
 
-# $(call step,NAME,COMMAND): run one step of the gate and name it when it fails.
-step = @echo "== $(1)"; $(2) || { s=$$?; echo "make check: the step '$(1)' failed (status $$s)" >&2; exit $$s; }
+# $(call step,NAME,COMMAND): run one step of a gate and name it when it fails.
+step = @echo "== $(1)"; $(2) || { s=$$?; echo "make $@: the step '$(1)' failed (status $$s)" >&2; exit $$s; }
 
-.PHONY: run lab test check format venv clean help
+# Variants of the lab's kernel: docs/lab.md says what each is for.
+VARIANTS := 6.12 16k 64k debug kcsan
+
+.PHONY: run lab test test-all mutants bisectable check format venv clean help
 
 run: venv  ## show what pre-faulting saves, on the specification: needs no root, QEMU or KVM
 	@$(BIN)/prefault run
@@ -26,6 +29,22 @@ else
 	@$(BIN)/prefault lab doctor >/dev/null 2>&1 || { echo "make test: the lab's tests were SKIPPED, the others" \
 	  "passed; LAB=no asks for that" >&2; exit 77; }
 endif
+
+test-all: test $(VARIANTS:%=test-%) mutants bisectable  ## the same on all variants of the kernel, with soaks: hours
+
+test-debug: soak = 30
+test-kcsan: soak = 15
+test-%: venv
+	$(call step,build $*,$(BIN)/prefault lab build --yes --variant $*)
+	$(call step,scenarios on $*,$(BIN)/prefault conform --variant $*)
+	$(call step,selftests on $*,$(BIN)/prefault lab selftest --variant $*)
+	$(if $(soak),$(call step,soak on $*,$(BIN)/prefault lab soak --minutes $(soak) --variant $*))
+
+mutants: venv  ## mistakes in the series, and what catches each; wants the lab and its variant debug
+	$(call step,mutants,$(BIN)/prefault lab mutants)
+
+bisectable: venv  ## every point of the series builds, boots and holds; wants the lab
+	$(call step,points of the series,$(BIN)/prefault lab bisectable)
 
 check: venv  ## the gate: format, lint, types, tests
 	$(call step,format,$(BIN)/ruff format --check .)
@@ -49,4 +68,4 @@ clean:  ## remove .venv and caches in this tree (`prefault lab clean` is for the
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
