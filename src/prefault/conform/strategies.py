@@ -71,6 +71,7 @@ _FIRST = st.integers(0, 1 << 32)
 _SELDOM = st.sampled_from([False] * 4 + [True])
 _GPA = _PAGES.map(lambda page: DATA + page * PAGE)
 _FEW = st.sampled_from([1, 1, 2, 512]).map(lambda pages: pages * PAGE)
+_FEW_PAGES = st.sampled_from([PAGE, 2 * PAGE])
 _WIDTH = st.sampled_from([1, 2, 4, 8])
 _OFFSET = st.sampled_from([0, 0, 8, 0x7F8])
 _DEVICE = st.integers(0, 600).map(lambda word: DEVICE + 8 * word)
@@ -257,6 +258,9 @@ class _Author:
 
     def _advise(self) -> Action:
         (gpa, size), advice = self._range(), self._pick(_ADVICE)
+        if advice is Advice.POPULATE_WRITE and self._el2:
+            # Copy-on-write tells KVM of each page, which takes all shadow MMUs: half a second.
+            size = min(size, 8 * PAGE)
         if advice is Advice.COLLAPSE and self._collapsible(gpa & -BLOCK):
             return Advise(gpa & -BLOCK, BLOCK, advice)
         return Advise(gpa, size, Advice.DONTNEED if advice is Advice.COLLAPSE else advice)
@@ -292,8 +296,12 @@ class _Author:
         return Age(*self._range())
 
     def _migrate(self) -> Action:
-        gpa, size = self._range()
-        return Advise(gpa, min(size, 2 * PAGE), Advice.SOFT_OFFLINE)
+        """A page or two. What guest_memfd has stays where it is."""
+        region = self._known()
+        if region.backing is Backing.GUEST_MEMFD:
+            return self._age()
+        at = self._pick(_PAGES) % (region.size // PAGE - 1) * PAGE
+        return Advise(region.gpa + at, self._pick(_FEW_PAGES), Advice.SOFT_OFFLINE)
 
     def _host(self) -> Action:
         gpa = self._gpa()

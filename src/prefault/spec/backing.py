@@ -61,7 +61,9 @@ def advise(host: Host, hva: int, size: int, advice: Advice) -> None:
         case Advice.HUGEPAGE | Advice.NOHUGEPAGE:
             error = mm.advise_hugepage(hva, end, wanted=advice is Advice.HUGEPAGE)
         case Advice.SOFT_OFFLINE:
-            error = next((ret for page in range(hva, end, mm.page_size) if (ret := mm.soft_offline(page))), 0)
+            pages = range(hva, end, mm.page_size)
+            size = mm.page_size  # one at a time, as the bindings do
+            error = next((ret for page in pages if (ret := mm.soft_offline(page))), 0)
         case Advice.HWPOISON:
             error = next((ret for page in range(hva, end, mm.page_size) if (ret := mm.poison(page))), 0)
     if error:

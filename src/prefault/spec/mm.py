@@ -112,6 +112,8 @@ class Mm:
         """Frames that protected guests have: this process faults on them."""
         self.uffd_wp: set[int] = set()
         """Numbers of pages that a userfaultfd handler has write-protected. Mirrors: pte_uffd_wp()"""
+        self.thps: set[int] = set()
+        """First frames of THPs."""
         self._huge_zero = 0
         self._next = 0x7F00_0000_0000
 
@@ -320,7 +322,18 @@ class Mm:
         return entry >> PFN_SHIFT in (self.memory.zero_pfn, self._huge_zero)
 
     def _allocate_pmd(self) -> int:
-        return self.memory.allocate(self.pmd_shift - self.page_shift)
+        pfn = self.memory.allocate(self.pmd_shift - self.page_shift)
+        self.thps.add(pfn)
+        return pfn
+
+    def _first_of_folio(self, pfn: int) -> int:
+        """Mirrors: page_folio()"""
+        first = pfn & -(1 << self.pmd_shift - self.page_shift)
+        return first if first in self.thps else pfn
+
+    def _is_thp(self, pfn: int) -> bool:
+        """Whether a frame belongs to a THP, however that is mapped. Mirrors: folio_test_large()"""
+        return self._first_of_folio(pfn) in self.thps
 
     def _huge_zero_pfn(self) -> int:
         self._huge_zero = self._huge_zero or self._allocate_pmd()
@@ -341,7 +354,7 @@ class Mm:
         with self._invalidation(start, start + (1 << shift)):
             if self.ptes[shift].get(hva >> shift) != pfn << PFN_SHIFT:
                 return 0  # pte_same(): somebody else was here first.
-            new = self.memory.allocate(shift - self.page_shift)
+            new = self._allocate_pmd() if shift == self.pmd_shift else self.memory.allocate()
             self.memory.copy(pfn, new, 1 << shift - self.page_shift)
             self._put(hva, pfn, shift)
             self.ptes[shift][hva >> shift] = new << PFN_SHIFT | WRITABLE
@@ -375,6 +388,16 @@ class Mm:
                 self.ptes[self.page_shift][first + offset] = page << PFN_SHIFT | writable
                 if shared > 1:
                     self.mapcount[page] = shared
+
+    def _split_thp(self, hva: int, pfn: int) -> None:
+        """Make single pages of a THP that a frame may belong to. Mirrors: split_huge_page()"""
+        first = self._first_of_folio(pfn)
+        if first not in self.thps:
+            return
+        self._split_pmd(hva)
+        start = hva - (pfn - first << self.page_shift)
+        with self._invalidation(start, start + (1 << self.pmd_shift)):
+            self.thps.discard(first)
 
     # GUP.
 

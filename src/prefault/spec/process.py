@@ -251,18 +251,38 @@ class Process(Mm):
             self.mapcount[stable] += 1
 
     def age(self, hva: int, size: int) -> None:
-        """Forget that pages were used: the zero page and hugetlb are not tracked.
+        """Forget that pages were used: the zero page and hugetlb are not tracked, a THP by its first page.
 
-        Mirrors: page_idle_clear_pte_refs()
+        Mirrors: page_idle_bitmap_write(), page_idle_get_folio()
         """
         end = hva + size
         while hva < end:
             vma, found = self.vma_lookup(hva), self.lookup(hva)
             shift = found[1] if found else self.page_shift
-            tracked = vma and found and not (vma.hugetlb or vma.pfn) and not self._is_zero(found[0])
-            start, hva = hva, (hva >> shift) + 1 << shift
-            for one in self.notifiers if tracked else ():
-                one.clear_young(start & -(1 << shift), hva)
+            if vma and found and not (vma.hugetlb or vma.pfn) and not self._is_zero(found[0]):
+                for start, length in self._mappings_of(hva, self.pfn_of(hva, *found), shift):
+                    for one in self.notifiers:
+                        one.clear_young(start, start + length)
+            hva = (hva >> shift) + 1 << shift
+
+    def _mappings_of(self, hva: int, pfn: int, shift: int) -> Iterator[tuple[int, int]]:
+        """Where all of a folio is mapped, of whose first page hva is an address; nothing for its other pages.
+
+        Mirrors: page_idle_clear_pte_refs_one(), rmap_walk_ksm()
+        """
+        entries, first = self.ptes[self.page_shift], hva >> self.page_shift
+        if pfn != self._first_of_folio(pfn):
+            return
+        if shift != self.page_shift:
+            yield hva, 1 << shift
+        elif self._is_thp(pfn):  # by pages: the page table was split, not the THP
+            for offset in range(1 << self.pmd_shift - self.page_shift):
+                entry = entries.get(first + offset)
+                if entry is not None and entry >> PFN_SHIFT == pfn + offset:
+                    yield hva + (offset << self.page_shift), self.page_size
+        else:
+            for number in [n for n, entry in entries.items() if entry >> PFN_SHIFT == pfn]:
+                yield number << self.page_shift, self.page_size
 
     def poison(self, hva: int) -> int:
         """MADV_HWPOISON: the page is unmapped, and faults on it say so; 0 or a negative errno."""
@@ -280,25 +300,28 @@ class Process(Mm):
         return 0
 
     def soft_offline(self, hva: int) -> int:
-        """MADV_SOFT_OFFLINE: migrate a small page; 0 or a negative errno.
+        """MADV_SOFT_OFFLINE: migrate a page, which may be one of hugetlb; 0 or a negative errno.
 
         Mirrors: soft_offline_in_use_page(), try_to_migrate(), remove_migration_ptes()
         """
         ret = self.populate(hva, hva + self.page_size, write=False)
-        self._split_pmd(hva)
         found, vma = self.lookup(hva), self.vma_lookup(hva)
         if ret or found is None or vma is None:
             return ret or -errno.EFAULT
+        if self._is_zero(found[0]):
+            return -errno.EIO if found[1] == self.pmd_shift else -errno.ENOTRECOVERABLE
+        if not vma.hugetlb:
+            self._split_thp(hva, self.pfn_of(hva, *found))
+            found = self.ptes[self.page_shift][hva >> self.page_shift], self.page_shift
         entry, shift = found
-        if self._is_zero(entry) or shift != self.page_shift:
-            return -errno.EBUSY
-        with self._invalidation(hva, hva + self.page_size):
-            old, new = entry >> PFN_SHIFT, self.memory.allocate()
-            self.memory.copy(old, new)
+        start, order = hva >> shift << shift, shift - self.page_shift
+        with self._invalidation(start, start + (1 << shift)):
+            old, new = entry >> PFN_SHIFT, self.memory.allocate(order)
+            self.memory.copy(old, new, 1 << order)
             if vma.file and vma.file.pages.get(self.index(vma, hva)) == old:
                 vma.file.pages[self.index(vma, hva)] = new
             self.ptes[shift][hva >> shift] = new << PFN_SHIFT | entry & WRITABLE
-            self.memory.free(old)
+            self.memory.free(old, 1 << order)
         return 0
 
     def collapse(self, start: int, end: int) -> int:
