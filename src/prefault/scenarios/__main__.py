@@ -16,17 +16,22 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import select
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from prefault.kvm import open_kvm, probe
+from prefault.kvm.tracing import TRACEFS
 from prefault.scenarios import SCENARIOS, Scenario, perform
 from prefault.scenarios.program import read_programs, scenario
 from prefault.scenarios.scenario import Outcome
 
 KMSG = "/dev/kmsg"
+_LOOK_SECONDS = 1.0
 
 
 class KernelLog:
@@ -89,7 +94,7 @@ def play_watched(wanted: list[Scenario], facts: bool, limit: float) -> int:
         sys.stdout.buffer.flush()
         if not piece:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    text = f"not done after {limit:g} s{_where(child)}"
+    text = f"not done after {limit:g} s{_where(child)}{_meanwhile()}"
     name = wanted[max(0, done)].name
     _report(Outcome(name, "lost", text, limit), log.read())
     return 1
@@ -111,6 +116,23 @@ def _where(child: int) -> str:
             if calls:
                 return f"; in the kernel at {' < '.join(calls[:6])}"
     return ""
+
+
+def _meanwhile() -> str:
+    """What KVM does, by its tracepoints: what is only slow can be told from what hangs."""
+    folder = TRACEFS / "instances" / f"prefault-late-{os.getpid()}"
+    trace = ""
+    with contextlib.suppress(OSError):
+        folder.mkdir()
+        with contextlib.ExitStack() as last:
+            last.callback(folder.rmdir)
+            (folder / "events/kvm/enable").write_text("1")
+            time.sleep(_LOOK_SECONDS)
+            (folder / "events/kvm/enable").write_text("0")
+            trace = (folder / "trace").read_text()
+    events = Counter(re.findall(r": (\w+): ", trace)).most_common(4)
+    listed = ", ".join(f"{count} {name}" for name, count in events)
+    return f"; in {_LOOK_SECONDS:g} s more: {listed or 'no event of KVM'}"
 
 
 def main() -> int:
