@@ -25,6 +25,7 @@ _KSM = Path("/sys/kernel/mm/ksm")
 _KSM_SETTINGS = {"pages_to_scan": "100000", "sleep_millisecs": "1", "run": "1"}
 _KSM_PATIENCE = 10.0
 _IDLE = Path("/sys/kernel/mm/page_idle/bitmap")
+_DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _PAGEMAP = Path("/proc/self/pagemap")
 _PRESENT = 1 << 63
 _PFN = (1 << 55) - 1
@@ -161,14 +162,12 @@ def age(hva: int, size: int, page_size: int) -> None:
 def onto_the_lists() -> None:
     """Empty the lists of each CPU in which new pages, and used ones, wait to be put in order.
 
-    Pages cannot be marked or migrated there. MADV_COLLAPSE begins with that; it has nothing to collapse
-    here, and says so.
+    Pages cannot be marked or migrated there. Dropping the page cache begins with that; guest memory and the
+    lab's root file system are no cache that could be dropped.
+
+    :raises CapabilityMissing: only root may
     """
-    size = hugepages.pmd_size()
-    if not size:
-        return
-    whole, aligned = mapping.reserve(size, size)
-    with contextlib.suppress(CapabilityMissing):
-        mapping.map_at(aligned, size, shared=False)
-        mapping.advise(aligned, size, mapping.MADV_COLLAPSE, "MADV_COLLAPSE")
-    mapping.unmap(whole, 2 * size)
+    try:
+        _DROP_CACHES.write_text("1")
+    except OSError as error:
+        raise CapabilityMissing(f"{_DROP_CACHES} cannot be written: {error}; it takes root") from error
