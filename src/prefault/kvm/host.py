@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from prefault.errors import CapabilityMissing, PrefaultError
-from prefault.kvm import hugepages, mapping
+from prefault.kvm import mapping
 
 _KSM = Path("/sys/kernel/mm/ksm")
 _KSM_SETTINGS = {"pages_to_scan": "100000", "sleep_millisecs": "1", "run": "1"}
