@@ -32,10 +32,8 @@ def checkpatch(patches: Series, source: Source) -> None:
     :raises BuildFailed: it has an error, a warning or a check to say
     """
     script = source.tree / "scripts/checkpatch.pl"
-    # The series is signed off by who sends it, not by who keeps it here. FILE_PATH_CHANGES objects to every
-    # new file, also where MAINTAINERS has its folder.
-    options = ("--strict", "--no-signoff", "--ignore=FILE_PATH_CHANGES", "--show-types", "--color=never")
-    command = ["perl", str(script), *options]
+    # The series is signed off by who sends it, not by who keeps it here.
+    command = ["perl", str(script), "--strict", "--no-signoff", "--show-types", "--color=never"]
     failures = []
     for patch in patches.patches:
         status, output = process.run([*command, str(patch.resolve())], cwd=source.tree)
