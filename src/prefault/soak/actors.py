@@ -48,30 +48,25 @@ def _few(chance: random.Random, most: int) -> int:
     return chance.randrange(1, chance.choice([8, 8, 40, most]))
 
 
-class Failing:
-    """Lets the n-th allocation of a block of code fail, where the kernel can do that to a thread."""
+@contextlib.contextmanager
+def allocation_failing(number: int) -> Iterator[bool]:
+    """Let the n-th allocation that this thread makes in a block of code fail, 0 for none.
 
-    def __init__(self) -> None:
-        self._fd = -1
+    Yields whether one may: the kernel must be able to do that.
+    """
+    fd = -1
+    if number:
         with contextlib.suppress(OSError):
-            self._fd = os.open(_FAIL_NTH, os.O_RDWR)
-
-    @contextlib.contextmanager
-    def allocation(self, number: int) -> Iterator[None]:
-        """Make allocation ``number`` fail; 0 for none."""
-        if self._fd < 0 or not number:
-            yield
-            return
-        os.pwrite(self._fd, str(number).encode(), 0)
-        try:
-            yield
-        finally:
-            os.pwrite(self._fd, b"0", 0)
-
-    @property
-    def possible(self) -> bool:
-        """Whether this kernel can."""
-        return self._fd >= 0
+            fd = os.open(_FAIL_NTH, os.O_RDWR)
+    if fd < 0:
+        yield False
+        return
+    try:
+        os.pwrite(fd, str(number).encode(), 0)
+        yield True
+    finally:
+        os.pwrite(fd, b"0", 0)
+        os.close(fd)
 
 
 class PreFaulter:
@@ -79,20 +74,16 @@ class PreFaulter:
 
     def __init__(self, ground: Ground, vcpu: Vcpu, chance: random.Random) -> None:
         self._ground, self._vcpu, self._chance = ground, vcpu, chance
-        self._failing: Failing | None = None
 
     def __call__(self) -> str:
         """Once."""
-        if self._failing is None:
-            self._failing = Failing()  # It belongs to the thread.
         ground, chance = self._ground, self._chance
         region = chance.choice(ground.focus).region
         gpa = region.gpa + chance.randrange(-8, region.size // ground.page) * ground.page
         size = _few(chance, 700) * ground.page
         nth = chance.choice([0, 0, 0, chance.randrange(1, 30)])
-        with self._failing.allocation(nth):
+        with allocation_failing(nth) as injected:
             progress = self._vcpu.pre_fault_memory_once(gpa, size)
-        injected = nth and self._failing.possible
         allowed = {0, errno.EINTR, errno.EAGAIN, errno.ENOENT, errno.EFAULT}
         if progress.errno not in allowed | ({errno.ENOMEM} if injected else set()):
             raise Mismatch(f"pre-faulting {gpa:#x} {size:#x} gave {progress}")

@@ -33,8 +33,8 @@ from prefault.soak.ground import Ground, lay_out
 
 _KSM = Path("/sys/kernel/mm/ksm")
 _INJECTION = {
-    "failslab": {"ignore-gfp-wait": "0"},
-    "fail_page_alloc": {"ignore-gfp-wait": "0", "min-order": "0"},
+    "failslab": {"ignore-gfp-wait": "0", "verbose": "0"},
+    "fail_page_alloc": {"ignore-gfp-wait": "0", "min-order": "0", "verbose": "0"},
 }
 _SHOWN = 20
 
