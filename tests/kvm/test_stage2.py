@@ -28,6 +28,15 @@ TEXT = """---[ Guest IPA ]---
 """  # noqa: W291
 
 
+# What Linux 6.12 says of the same table: nothing of its end, and here it has begun a second time.
+OLD_TEXT = """0x0000000040600000-0x0000000040000000   17592186044410M 1
+0x0000000040000000-0x0000000040001000           4K 3   R     AF    
+0x0000000040001000-0x0000000040003000           8K 3   R W X AF    
+0x0000000040003000-0x0000000040200000        2036K 3
+0x0000000040200000-0x0000000040400000           2M 2   R W   AF BLK
+"""  # noqa: W291
+
+
 def test_holes_and_invalid_entries_are_no_leaves() -> None:
     assert [hex(leaf.ipa) for leaf in stage2.parse(TEXT)] == [
         "0x40000000",
@@ -44,6 +53,21 @@ def test_every_attribute_is_read() -> None:
         Leaf(0x4020_0000, 0x20_0000, 2, True, True, False, True, True, True),
         Leaf(0x4040_0000, 0x20_0000, 2, True, True, True, False, False, True),
     ]
+
+
+def test_the_format_of_linux_6_12_is_read_as_well() -> None:
+    (dump,) = stage2.read(OLD_TEXT.splitlines())
+    assert dump.runs[0] == Hole(0, 0x4000_0000, 1)
+    assert dump.leaves == [
+        Leaf(0x4000_0000, 0x1000, 3, True, False, True, True, True, False),
+        Leaf(0x4000_1000, 0x2000, 3, True, True, False, False, True, False),
+        Leaf(0x4020_0000, 0x20_0000, 2, True, True, True, True, True, True),
+    ]
+
+
+def test_a_first_row_with_nothing_of_the_table_in_it_is_left_out() -> None:
+    stray = "0x0000000040600000-0x0000000000000000   17592186043386M 2"
+    assert [*stage2.read([stray, *TEXT.splitlines()[1:]])] == [*stage2.read(TEXT.splitlines())]
 
 
 def test_a_dump_has_its_holes_and_ends_where_the_space_does() -> None:
@@ -67,7 +91,7 @@ def test_tables_follow_each_other_in_one_text() -> None:
         (lambda lines: lines[:2] + lines[3:], 3),
         (lambda lines: lines[1:4] + lines[2:], 4),
         (lambda lines: [lines[0], lines[1].replace(" 1", " 7")], 2),
-        (lambda lines: [lines[0], "0x0000000000001000-0x0000000000000000 4K 3"], 2),
+        (lambda lines: [*lines[:2], "0x0000000040000000-0x0000000000000000 4K 3"], 3),
         (lambda lines: ["\x7fELF\x02"], 1),
     ],
 )

@@ -2,6 +2,9 @@
 """Stage-2 tables as KVM prints them in debugfs (CONFIG_PTDUMP_STAGE2_DEBUGFS).
 
 Source: arch/arm64/kvm/ptdump.c, arch/arm64/mm/ptdump.c
+
+Linux 6.12 prints them in another way: an X stands at what may NOT be executed, the last row is left out, and
+a text of more than a page has a wrong first row.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ DEBUGFS_KVM = Path("/sys/kernel/debug/kvm")
 
 _ROW = re.compile(r"0x([0-9a-f]+)-0x([0-9a-f]+)\s+\d+[KMGTPE] ([0-3])(.*)")
 _HEADING = "---["
+_EXECUTE = frozenset(("px", "ux", "PXNux", "PXNUXN", "UXN"))
+"""One or two of these stand in each row with leaves, but for those of Linux 6.12."""
 _SHADOW = re.compile(r"VTCR: 0x([0-9a-f]+) VTTBR: 0x([0-9a-f]+) s2: (en|dis)abled")
 
 
@@ -80,7 +85,7 @@ def read(lines: Iterable[str], name: str = "debugfs") -> Iterator[Dump]:
         line = line.rstrip()
         match = _ROW.fullmatch(line)
         if match:
-            runs.append(_run(match, runs[-1] if runs else None, f"{name}, line {number}"))
+            runs += _run(match, runs[-1] if runs else None, f"{name}, line {number}")
             continue
         match = _SHADOW.fullmatch(line)
         if runs and (match or line.startswith(_HEADING)):
@@ -97,17 +102,22 @@ def read(lines: Iterable[str], name: str = "debugfs") -> Iterator[Dump]:
         yield Dump(tuple(runs), shadow)
 
 
-def _run(match: re.Match[str], last: Run | None, where: str) -> Run:
-    """A row, which must begin where the last one ended."""
+def _run(match: re.Match[str], last: Run | None, where: str) -> list[Run]:
+    """A row, which must begin where the last one ended; nothing if there is none of the table in it."""
     ipa, end, level = int(match[1], 16), int(match[2], 16), int(match[3])
     expected = last.ipa + last.size if last else 0
+    if not last and end <= ipa:
+        # Linux 6.12 begins a second time, with more room, and thinks itself still at the last run.
+        if not end:
+            return []
+        ipa = 0
     if ipa != expected or end <= ipa:
         raise UsageError(
             f"{where}: the row {ipa:#x}-{end:#x} stands where one from {expected:#x} on must be; "
             "lines are missing or mixed up"
         )
     attributes = _attributes(match[4])
-    return Leaf(ipa, end - ipa, level, *attributes) if attributes else Hole(ipa, end - ipa, level)
+    return [Leaf(ipa, end - ipa, level, *attributes) if attributes else Hole(ipa, end - ipa, level)]
 
 
 @functools.lru_cache(256)
@@ -117,14 +127,10 @@ def _attributes(text: str) -> tuple[bool, bool, bool, bool, bool, bool] | None:
     # A hole has no words; an entry that is not valid but not 0 either has an F.
     if not words or "F" in words:
         return None
-    return (
-        "R" in words,
-        "W" in words,
-        "px" in words,
-        "ux" in words or "PXNux" in words,
-        "AF" in words,
-        "BLK" in words,
-    )
+    px, ux = "px" in words, "ux" in words or "PXNux" in words
+    if _EXECUTE.isdisjoint(words):
+        px = ux = "X" not in words
+    return "R" in words, "W" in words, px, ux, "AF" in words, "BLK" in words
 
 
 def parse(text: str) -> list[Leaf]:
