@@ -113,6 +113,8 @@ def test_the_specification_is_given_the_kernels_host() -> None:
     facts = {**facts, "page_size": 0x1_0000, "vm_kinds": [{"name": "protected", "creatable": True}]}
     assert on_spec.host_config(facts).lpa2 is False
     assert on_spec.host_config(facts).protected is True
+    assert config.mmio_sign_extends is True
+    assert on_spec.host_config({**facts, "mmio_sign_extends": False}).mmio_sign_extends is False
 
 
 def test_both_sides_without_nesting_agree_on_what_is_skipped(lab: FakeLab) -> None:

@@ -21,6 +21,7 @@ BARE = Facts(
     ipa_limit=0,
     nested=False,
     nested_e2h0=False,
+    mmio_sign_extends=False,
     vm_kinds=(),
     thp="",
     thp_size=0,

@@ -54,3 +54,12 @@ def test_a_listed_scenario_holds_with_large_addresses(name: str, pages: str) -> 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("guests_with_tags")])
 def test_a_listed_scenario_holds_with_memory_tags(name: str, pages: str) -> None:
     _plays(name, TAGS[pages])
+
+
+@pytest.mark.parametrize("extends", [True, False])
+def test_a_device_read_has_its_sign_only_where_kvm_extends_it(extends: bool) -> None:
+    with open_spec(HostConfig(mmio_sign_extends=extends)) as kvm:
+        outcome = perform(kvm, SCENARIOS["pending_device_read_survives[2-True-64]"])
+    assert outcome.outcome == "passed", outcome.text
+    expected = 0xFFFF_FFFF_FFFF_9788 if extends else 0x9788
+    assert outcome.observations[-1][1] == [{"kind": "Reported", "value": expected}, {"kind": "Done"}]

@@ -35,6 +35,7 @@ def host_config(facts: Mapping[str, object]) -> HostConfig:
         nested=bool(facts["nested"]),
         protected=protected,
         pkvm_pre_faults=protected and can_pre_fault(facts),
+        mmio_sign_extends=bool(facts["mmio_sign_extends"]),
         hugetlb=tuple(sizes),
     )
 

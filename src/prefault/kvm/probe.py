@@ -11,13 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefault.abi import constants
-from prefault.errors import KvmError, KvmMissing
+from prefault.errors import KvmError, KvmMissing, PrefaultError
+from prefault.guest import port
+from prefault.guest.program import DeviceRead, Program, Report
 from prefault.kvm import hugepages, stage2, tracing
 from prefault.kvm.descriptor import Descriptor
 from prefault.kvm.system import DEVICE, Kvm, open_kvm
 from prefault.kvm.vm import host_page_size
+from prefault.machine import MemoryRegion, VmConfig
 
 _DEFAULT_TYPE = 0
+_CODE, _CODE_SIZE, _DEVICE = 0x4000_0000, 0x20_0000, 0x0A00_0000
+"""Where the guest is that is run to find something out, and where it has no memory."""
 _USERFAULTFD = {"x86_64": 323, "aarch64": 282, "arm64": 282}
 """Number of the system call."""
 
@@ -60,6 +65,8 @@ class Facts:
     """Bits of IPA space that a VM can have; 0 if KVM does not say."""
     nested: bool
     nested_e2h0: bool
+    mmio_sign_extends: bool
+    """Whether a guest's signed read of a device comes out sign-extended; on Linux 6.12 it does not."""
     vm_kinds: tuple[VmKind, ...]
     thp: str
     """``always``, ``madvise``, ``never``, or empty."""
@@ -101,6 +108,7 @@ def _host_facts() -> Facts:
         ipa_limit=0,
         nested=False,
         nested_e2h0=False,
+        mmio_sign_extends=False,
         vm_kinds=(),
         thp=hugepages.thp_mode(),
         thp_size=hugepages.pmd_size(),
@@ -126,6 +134,7 @@ def _kvm_facts(found: Facts, kvm: Kvm) -> Facts:
         ipa_limit=kvm.check_extension(constants.KVM_CAP_ARM_VM_IPA_SIZE) if arm64 else 0,
         nested=bool(arm64 and kvm.check_extension(constants.KVM_CAP_ARM_EL2)),
         nested_e2h0=bool(arm64 and kvm.check_extension(constants.KVM_CAP_ARM_EL2_E2H0)),
+        mmio_sign_extends=arm64 and _mmio_sign_extends(kvm),
         vm_kinds=tuple(_vm_kind(kvm, name, kind) for name, kind in kinds),
         stage2_tables=arm64 and _stage2_tables(kvm),
     )
@@ -160,6 +169,22 @@ def _stage2_tables(kvm: Kvm) -> bool:
     with vm:
         folders = stage2.DEBUGFS_KVM.glob(f"*-{vm.fd}") if os.access(stage2.DEBUGFS_KVM, os.R_OK) else ()
         return any(_readable(folder / "stage2_page_tables") for folder in folders)
+
+
+def _mmio_sign_extends(kvm: Kvm) -> bool:
+    """Have a guest read a device that gives it a negative byte."""
+    program = Program((DeviceRead(_DEVICE, 1, sign_extend=True), Report()), _CODE)
+    try:
+        with kvm.create_vm(VmConfig(gic=False)) as vm:
+            vm.set_user_memory_region(MemoryRegion(0, _CODE, _CODE_SIZE))
+            vcpu = vm.create_vcpu()
+            vm.install(program)
+            vcpu.load(program)
+            vcpu.run()
+            vcpu.complete_mmio(0x80)
+            return port.proceed(vcpu) == port.Reported(0xFFFF_FFFF_FFFF_FF80)
+    except PrefaultError:
+        return False
 
 
 def _readable(file: Path) -> bool:

@@ -39,7 +39,7 @@ _FSC_EXTABT = 0x10
 
 @dataclass(slots=True)
 class PendingMmio:
-    """An MMIO access that user space has yet to complete, as the syndrome describes it."""
+    """An MMIO access that user space has yet to complete, as the syndrome describes it to KVM."""
 
     width: int
     is_write: bool
@@ -148,7 +148,8 @@ class AbortHandler:
         esr = abort.esr
         width, register = 1 << (esr >> 22 & 3), esr >> 16 & 31
         is_write = bool(esr & WNR)
-        self.pending = PendingMmio(width, is_write, register, bool(esr & SSE), bool(esr & SF))
+        sign_extend = bool(esr & SSE) and self._kvm.host.config.mmio_sign_extends
+        self.pending = PendingMmio(width, is_write, register, sign_extend, bool(esr & SF))
         data = self._cpu.x[register] & (1 << 8 * width) - 1 if is_write else 0
         return MmioExit(ipa, width, is_write, data)
 

@@ -31,6 +31,7 @@ class HostConfig:
     :ivar protected: kvm-arm.mode=protected
     :ivar pkvm_pre_faults: the series pre-faults non-protected VMs on a protected host
     :ivar mte: memory tags, which guests can have, too
+    :ivar mmio_sign_extends: a signed read of a device is; Linux 6.12 cuts what it has extended off again
     :ivar hugetlb: page sizes of hugetlb; the first is the default
     """
 
@@ -43,6 +44,7 @@ class HostConfig:
     protected: bool = False
     pkvm_pre_faults: bool = True
     mte: bool = False
+    mmio_sign_extends: bool = True
     hugetlb: tuple[int, ...] = (2 << 20, 64 << 10, 32 << 20, 1 << 30)
 
     @property
