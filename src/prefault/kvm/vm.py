@@ -147,8 +147,8 @@ class Vm(Descriptor):
         """KVM_CREATE_VCPU and, unless asked otherwise, KVM_ARM_VCPU_INIT."""
         if config.el2 and not self.check_extension(constants.KVM_CAP_ARM_EL2):
             raise CapabilityMissing(
-                "KVM_CAP_ARM_EL2 is 0: vCPUs cannot have EL2 here; nested guests need a host with "
-                "FEAT_NV2 that was booted with kvm-arm.mode=nested"
+                "KVM_CAP_ARM_EL2 is 0: vCPUs cannot have EL2 here; nested guests need a kernel that has them "
+                "(Linux 6.16), on a host with FEAT_NV2 that was booted with kvm-arm.mode=nested"
             )
         if config.el2 and not self._gic:
             raise UsageError("vCPUs with EL2 need an in-kernel GIC; create the VM with VmConfig(gic=True)")
