@@ -22,6 +22,7 @@ BARE = Facts(
     nested=False,
     nested_e2h0=False,
     mmio_sign_extends=False,
+    access_flag_by_hardware=False,
     vm_kinds=(),
     thp="",
     thp_size=0,

@@ -8,7 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from prefault.guest.program import Write
+from prefault.machine import Backing, MemoryRegion, SlotFlags
 from prefault.scenarios import SCENARIOS, perform
+from prefault.scenarios.program import PAGE, Age, Guest, PreFault, SetRegion, VmmProgram, scenario
+from prefault.scenarios.scenario import DATA
 from prefault.spec import HostConfig, open_spec
 
 HOSTS = {
@@ -54,6 +58,17 @@ def test_a_listed_scenario_holds_with_large_addresses(name: str, pages: str) -> 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("guests_with_tags")])
 def test_a_listed_scenario_holds_with_memory_tags(name: str, pages: str) -> None:
     _plays(name, TAGS[pages])
+
+
+@pytest.mark.parametrize(("hafdbs", "faults"), [(True, 1), (False, 2)])
+def test_a_write_to_an_old_read_only_leaf_faults_once_or_twice(hafdbs: bool, faults: int) -> None:
+    region = MemoryRegion(1, DATA, PAGE, Backing.SHARED, flags=SlotFlags.LOG_DIRTY_PAGES)
+    actions = (SetRegion(region), PreFault(DATA, PAGE), Age(DATA, PAGE), Guest((Write(DATA, 1),)))
+    with open_spec(HostConfig(hafdbs=hafdbs)) as kvm:
+        outcome = perform(kvm, scenario("old and read-only", VmmProgram(actions)))
+    seen = outcome.observations[-1][1]
+    assert isinstance(seen, dict)
+    assert (seen["faults"]["write"], seen["faults"]["permission"]) == (faults, 1)
 
 
 @pytest.mark.parametrize("extends", [True, False])

@@ -36,6 +36,7 @@ def host_config(facts: Mapping[str, object]) -> HostConfig:
         protected=protected,
         pkvm_pre_faults=protected and can_pre_fault(facts),
         mmio_sign_extends=bool(facts["mmio_sign_extends"]),
+        hafdbs=bool(facts["access_flag_by_hardware"]),
         hugetlb=tuple(sizes),
     )
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -13,12 +14,13 @@ from pathlib import Path
 from prefault.abi import constants
 from prefault.errors import KvmError, KvmMissing, PrefaultError
 from prefault.guest import port
-from prefault.guest.program import DeviceRead, Program, Report
+from prefault.guest.program import DeviceRead, Marker, Program, Read, Report, Step
 from prefault.kvm import hugepages, stage2, tracing
 from prefault.kvm.descriptor import Descriptor
 from prefault.kvm.system import DEVICE, Kvm, open_kvm
-from prefault.kvm.vm import host_page_size
-from prefault.machine import MemoryRegion, VmConfig
+from prefault.kvm.vcpu import Vcpu
+from prefault.kvm.vm import Vm, host_page_size
+from prefault.machine import MemoryRegion, Resident, VmConfig
 
 _DEFAULT_TYPE = 0
 _CODE, _CODE_SIZE, _DEVICE = 0x4000_0000, 0x20_0000, 0x0A00_0000
@@ -67,6 +69,8 @@ class Facts:
     nested_e2h0: bool
     mmio_sign_extends: bool
     """Whether a guest's signed read of a device comes out sign-extended; on Linux 6.12 it does not."""
+    access_flag_by_hardware: bool
+    """Whether the processor sets the access flag of an old leaf by itself, without a fault of the guest."""
     vm_kinds: tuple[VmKind, ...]
     thp: str
     """``always``, ``madvise``, ``never``, or empty."""
@@ -109,6 +113,7 @@ def _host_facts() -> Facts:
         nested=False,
         nested_e2h0=False,
         mmio_sign_extends=False,
+        access_flag_by_hardware=False,
         vm_kinds=(),
         thp=hugepages.thp_mode(),
         thp_size=hugepages.pmd_size(),
@@ -135,6 +140,7 @@ def _kvm_facts(found: Facts, kvm: Kvm) -> Facts:
         nested=bool(arm64 and kvm.check_extension(constants.KVM_CAP_ARM_EL2)),
         nested_e2h0=bool(arm64 and kvm.check_extension(constants.KVM_CAP_ARM_EL2_E2H0)),
         mmio_sign_extends=arm64 and _mmio_sign_extends(kvm),
+        access_flag_by_hardware=arm64 and _access_flag_by_hardware(kvm),
         vm_kinds=tuple(_vm_kind(kvm, name, kind) for name, kind in kinds),
         stage2_tables=arm64 and _stage2_tables(kvm),
     )
@@ -173,18 +179,35 @@ def _stage2_tables(kvm: Kvm) -> bool:
 
 def _mmio_sign_extends(kvm: Kvm) -> bool:
     """Have a guest read a device that gives it a negative byte."""
-    program = Program((DeviceRead(_DEVICE, 1, sign_extend=True), Report()), _CODE)
-    try:
-        with kvm.create_vm(VmConfig(gic=False)) as vm:
-            vm.set_user_memory_region(MemoryRegion(0, _CODE, _CODE_SIZE))
-            vcpu = vm.create_vcpu()
-            vm.install(program)
-            vcpu.load(program)
-            vcpu.run()
-            vcpu.complete_mmio(0x80)
-            return port.proceed(vcpu) == port.Reported(0xFFFF_FFFF_FFFF_FF80)
-    except PrefaultError:
-        return False
+    with contextlib.suppress(PrefaultError), kvm.create_vm(VmConfig(gic=False)) as vm:
+        vcpu = _guest(vm, DeviceRead(_DEVICE, 1, sign_extend=True), Report())
+        vcpu.run()
+        vcpu.complete_mmio(0x80)
+        return port.proceed(vcpu) == port.Reported(0xFFFF_FFFF_FFFF_FF80)
+    return False
+
+
+def _access_flag_by_hardware(kvm: Kvm) -> bool:
+    """Have a guest read a page that the host has aged."""
+    data = _CODE + _CODE_SIZE // 2
+    with contextlib.suppress(PrefaultError), kvm.create_vm(VmConfig(gic=False)) as vm:
+        vcpu = _guest(vm, Read(data), Marker(1), Read(data), Marker(2))
+        port.proceed(vcpu)
+        vm.age(data, kvm.page_size)
+        with vm.count_faults() as counts:
+            port.proceed(vcpu)
+        return not counts.read
+    return False
+
+
+def _guest(vm: Vm, *steps: Step) -> Vcpu:
+    """A vCPU at the beginning of a program."""
+    program = Program(steps, _CODE)
+    vm.set_user_memory_region(MemoryRegion(0, _CODE, _CODE_SIZE, resident=Resident.WRITE))
+    vcpu = vm.create_vcpu()
+    vm.install(program)
+    vcpu.load(program)
+    return vcpu
 
 
 def _readable(file: Path) -> bool:

@@ -90,7 +90,7 @@ class Cpu:
 
     memory: PhysicalMemory
     mmu: S2Mmu
-    hafdbs: bool = True
+    hafdbs: bool
     x: list[int] = field(default_factory=lambda: [0] * 32)
     pc: int = 0
     el: int = 1

@@ -32,6 +32,7 @@ class HostConfig:
     :ivar pkvm_pre_faults: the series pre-faults non-protected VMs on a protected host
     :ivar mte: memory tags, which guests can have, too
     :ivar mmio_sign_extends: a signed read of a device is; Linux 6.12 cuts what it has extended off again
+    :ivar hafdbs: the processor sets access flags at stage 2 by itself; CONFIG_ARM64_HW_AFDBM
     :ivar hugetlb: page sizes of hugetlb; the first is the default
     """
 
@@ -45,6 +46,7 @@ class HostConfig:
     pkvm_pre_faults: bool = True
     mte: bool = False
     mmio_sign_extends: bool = True
+    hafdbs: bool = True
     hugetlb: tuple[int, ...] = (2 << 20, 64 << 10, 32 << 20, 1 << 30)
 
     @property

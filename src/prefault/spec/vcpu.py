@@ -39,7 +39,7 @@ class SpecVcpu:
         self._config = config
         self._can_pre_fault = can_pre_fault
         self._open = True
-        self.cpu = Cpu(kvm.host.memory, kvm.mmu)
+        self.cpu = Cpu(kvm.host.memory, kvm.mmu, kvm.host.config.hafdbs)
         self.aborts = AbortHandler(kvm, self.cpu, trace)
         if config.el2:
             self.cpu.el = 2
