@@ -72,6 +72,7 @@ class Vma:
     :ivar missing: userfaultfd handler for pages that are not there
     :ivar minor: userfaultfd handler for pages of the file that are not mapped
     :ivar write_protect: userfaultfd handler for writes to pages in ``Mm.uffd_wp``
+    :ivar anon_vma: it has, or has had, pages of its own
     """
 
     start: int
@@ -89,6 +90,7 @@ class Vma:
     write_protect: FaultHandler | None = None
     hugetlb: bool = False
     nohugepage: bool = False
+    anon_vma: bool = False
 
 
 class Mm:
@@ -260,11 +262,13 @@ class Mm:
             step("uffd.wait")
             return 0 if vma.missing(hva, write) else -errno.EINTR
         if self._thp_fits(vma, hva):
+            vma.anon_vma = True  # before it is known whether the zero page will do
             number = hva >> self.pmd_shift
             pfn = self._allocate_pmd() if write else self._huge_zero_pfn()
             self.ptes[self.pmd_shift][number] = pfn << PFN_SHIFT | write
             return 0
         pfn = self.memory.allocate() if write else self.memory.zero_pfn
+        vma.anon_vma |= write
         self.ptes[self.page_shift][hva >> self.page_shift] = pfn << PFN_SHIFT | write
         return 0
 
@@ -282,6 +286,7 @@ class Mm:
         if not write and file.fault_around and not handler and not vma.minor:
             self._fault_around(vma, hva, file, writable)
         if write and not vma.shared:
+            vma.anon_vma = True
             source, pfn, writable = pfn, self.memory.allocate(), True
             self.memory.copy(source, pfn)
         self.ptes[file.shift][hva >> file.shift] = pfn << PFN_SHIFT | writable
@@ -354,6 +359,7 @@ class Mm:
         with self._invalidation(start, start + (1 << shift)):
             if self.ptes[shift].get(hva >> shift) != pfn << PFN_SHIFT:
                 return 0  # pte_same(): somebody else was here first.
+            vma.anon_vma = True
             new = self._allocate_pmd() if shift == self.pmd_shift else self.memory.allocate()
             self.memory.copy(pfn, new, 1 << shift - self.page_shift)
             self._put(hva, pfn, shift)

@@ -157,10 +157,11 @@ class Process(Mm):
             last = merged[-1] if merged else None
             if last and last.end == vma.start:
                 follows = last.offset + vma.start - last.start if vma.file else last.offset
-                if replace(vma, start=last.start, end=last.end, offset=last.offset) == last and (
-                    not vma.file or follows == vma.offset
-                ):
-                    last.end = vma.end
+                same = replace(
+                    vma, start=last.start, end=last.end, offset=last.offset, anon_vma=last.anon_vma
+                )
+                if same == last and (not vma.file or follows == vma.offset):
+                    last.end, last.anon_vma = vma.end, last.anon_vma or vma.anon_vma
                     continue
             merged.append(vma)
         self.vmas = merged
@@ -175,13 +176,16 @@ class Process(Mm):
             entries[number] |= WRITABLE
 
     def fork(self) -> Process:
-        """A child with the same private pages; both copy on write from now on. Mirrors: copy_page_range()"""
+        """A child with the same private pages; both copy on write from now on.
+
+        Mirrors: vma_needs_copy(), copy_page_range()
+        """
         child = Process(self.memory)
         child.vmas = [replace(vma) for vma in self.vmas]
         child.ptes = {shift: {} for shift in self.ptes}
         child.mapcount = self.mapcount
         for vma in self.vmas:
-            if not vma.shared and not vma.pfn:
+            if vma.anon_vma:  # what is only read can be had from the file again
                 with self._invalidation(vma.start, vma.end):
                     self._share(child, vma)
         return child
@@ -329,7 +333,7 @@ class Process(Mm):
         size = 1 << self.pmd_shift
         for one in self.vmas_in(start, end):
             room = -(-one.start // size) * size + size <= one.end
-            if one.file or one.nohugepage or not room:
+            if one.file or one.nohugepage or not room or not one.anon_vma:
                 return -errno.EINVAL
         for hva in range(-(-start // size) * size, end - size + 1, size):
             vma = self.vma_lookup(hva)

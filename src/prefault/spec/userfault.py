@@ -158,6 +158,8 @@ class Context:
         """Mirrors: mfill_atomic_install_pte()"""
         if self._mm.lookup(hva) is not None:
             return -errno.EEXIST
+        vma = self._vma(hva)
+        vma.anon_vma |= not vma.shared
         entries = self._mm.ptes[self._mm.page_shift]
         entries[hva >> self._mm.page_shift] = pfn << PFN_SHIFT | (WRITABLE if writable else 0)
         return 0
