@@ -7,17 +7,18 @@ import ctypes
 import errno
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from prefault.abi import constants
-from prefault.errors import CapabilityMissing, KvmMissing, UsageError
+from prefault.errors import CapabilityMissing, KvmError, KvmMissing, UsageError
 from prefault.kvm import mapping, memory, open_kvm, probe
 from prefault.kvm.device import Device
 from prefault.kvm.system import Kvm
 from prefault.kvm.vm import Vm
-from prefault.machine import MemoryRegion, VcpuConfig, VmConfig
+from prefault.machine import Backing, MemoryRegion, VcpuConfig, VmConfig
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -155,6 +156,30 @@ def test_a_slot_without_a_dirty_log_has_none_to_give() -> None:
         vm.set_user_memory_region(MemoryRegion(3, 0, PAGE))
         with pytest.raises(UsageError, match="LOG_DIRTY_PAGES"):
             vm.get_dirty_log(3)
+
+
+class TaglessVm(FakeVm):
+    """Guests can have tags, but not in whatever memory is asked for."""
+
+    def try_ioctl(self, name: str, argument: int | ctypes.Structure = 0) -> tuple[int, int]:
+        if name == "KVM_SET_USER_MEMORY_REGION":
+            return -1, errno.EINVAL
+        return int(name == "KVM_CHECK_EXTENSION"), 0
+
+
+def test_hugetlb_pages_that_cannot_have_tags_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = memory.create
+
+    def without_huge_pages(region: MemoryRegion, page_size: int, guest_memfd: int = -1) -> memory.Memory:
+        return create(replace(region, backing=Backing.PRIVATE), page_size, guest_memfd)
+
+    monkeypatch.setattr(memory, "create", without_huge_pages)
+    config = VmConfig(gic=False, mte=True)
+    with TaglessVm(os.memfd_create("vm"), config, PAGE, PAGE) as vm:
+        with pytest.raises(CapabilityMissing, match="no memory tags"):
+            vm.set_user_memory_region(MemoryRegion(3, 0, PAGE, Backing.HUGETLB))
+        with pytest.raises(KvmError, match="EINVAL"):
+            vm.set_user_memory_region(MemoryRegion(3, 0, PAGE))
 
 
 def test_a_signal_does_not_keep_a_vm_from_being_made() -> None:

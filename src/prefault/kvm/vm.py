@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ class Vm(Descriptor):
         self._vcpus: list[Vcpu] = []
         self._l2_mappings: list[L2Mapping] = []
         self._run_threads: set[int] = set()
-        if config.mte:
+        self._mte = config.mte
+        if self._mte:
             self._enable_mte()
         self._gic: Device | None = None
         self._gic_ready = threading.Lock()
@@ -139,6 +141,11 @@ class Vm(Descriptor):
                 name = "KVM_SET_USER_MEMORY_REGION2"
         # The first structure is the beginning of the second.
         result, error = self.try_ioctl(name, request)
+        if error == errno.EINVAL and self._mte and region.backing is Backing.HUGETLB:
+            raise CapabilityMissing(
+                "on this kernel hugetlb pages have no memory tags, and guests with tags cannot have them; "
+                "use another backing, or a kernel that has tags there (Linux 6.13)"
+            )
         if result < 0:
             hint = "slots must not overlap, and must lie below the VM's IPA limit"
             raise KvmError(name, error, gpa=region.gpa, size=region.size, hint=hint)
