@@ -108,10 +108,12 @@ def soak(**options: Unpack[_Options]) -> None:
     to. Then all rest: every byte of guest memory is compared with what was written, and every leaf of
     the stage-2 table with the host's memory.
     """
-    rounds = _Rounds()
+    rounds, memory, variant = _Rounds(), options["memory"], variant_of(options)
     config = SoakConfig(
         seconds=options["minutes"] * 60,
-        round_seconds=min(10.0, options["minutes"] * 60),
+        # Setting up and checking take a slow kernel longer, too.
+        round_seconds=min(10.0 * variant.slow, options["minutes"] * 60),
+        bout_seconds=2.0 * variant.slow,
         vcpus=options["vcpus"],
         nested=options["nested"] and options["mode"] == "nested",
         seed=options["seed"],
@@ -120,7 +122,6 @@ def soak(**options: Unpack[_Options]) -> None:
         ("python3", "-m", "prefault.soak.run", json.dumps(dataclasses.asdict(config))),
         timeout=120 + SLACK * 60 * options["minutes"],
     )
-    memory, variant = options["memory"], variant_of(options)
     machine = MachineOptions(
         memory_mib=memory >> 20 if memory else variant.memory_mib,
         cpus=options["cpus"],
