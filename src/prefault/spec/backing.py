@@ -58,6 +58,8 @@ def advise(host: Host, hva: int, size: int, advice: Advice) -> None:
             error = mm.populate(hva, end, write=advice is Advice.POPULATE_WRITE)
         case Advice.COLLAPSE:
             error = mm.collapse(hva, end)
+        case Advice.MERGEABLE:
+            error = mm.advise_mergeable(hva, end)
         case Advice.HUGEPAGE | Advice.NOHUGEPAGE:
             error = mm.advise_hugepage(hva, end, wanted=advice is Advice.HUGEPAGE)
         case Advice.SOFT_OFFLINE:

@@ -72,6 +72,7 @@ class Vma:
     :ivar missing: userfaultfd handler for pages that are not there
     :ivar minor: userfaultfd handler for pages of the file that are not mapped
     :ivar write_protect: userfaultfd handler for writes to pages in ``Mm.uffd_wp``
+    :ivar mergeable: MADV_MERGEABLE
     :ivar anon_vma: it has, or has had, pages of its own
     """
 
@@ -90,6 +91,7 @@ class Vma:
     write_protect: FaultHandler | None = None
     hugetlb: bool = False
     nohugepage: bool = False
+    mergeable: bool = False
     anon_vma: bool = False
 
 

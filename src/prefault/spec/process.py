@@ -138,15 +138,28 @@ class Process(Mm):
 
     def advise_hugepage(self, start: int, end: int, *, wanted: bool) -> int:
         """MADV_HUGEPAGE, MADV_NOHUGEPAGE; 0 or a negative errno. Mirrors: hugepage_madvise()"""
+        return self._advise_vmas(start, end, thp=wanted, nohugepage=not wanted)
+
+    def advise_mergeable(self, start: int, end: int) -> int:
+        """MADV_MERGEABLE; 0 or a negative errno. What is no private memory is left alone.
+
+        Mirrors: ksm_madvise(), ksm_compatible()
+        """
+        return self._advise_vmas(start, end, mergeable=True)
+
+    def _advise_vmas(self, start: int, end: int, **flags: bool) -> int:
+        """Mirrors: madvise_vma_behavior(), madvise_update_vma()"""
         for vma in self.vmas_in(start, end):
-            if (vma.thp, vma.nohugepage) == (wanted, not wanted):
+            unfit = "mergeable" in flags and (vma.shared or vma.pfn or vma.hugetlb)
+            if unfit or all(getattr(vma, name) == value for name, value in flags.items()):
                 continue
             first, last = max(start, vma.start), min(end, vma.end)
             parts = self.isolate(first, last)
             if parts is None:
                 return -errno.EINVAL
             (part,) = parts
-            part.thp, part.nohugepage = wanted, not wanted
+            for name, value in flags.items():
+                setattr(part, name, value)
         self.merge_vmas()
         return -errno.ENOMEM if self._has_hole(start, end) else 0
 

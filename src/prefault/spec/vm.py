@@ -203,6 +203,7 @@ class SpecVm:
         """Have KSM make one page of the pages of ``[gpa, gpa+size)``, which are equal."""
         with LOCK:
             hva = self.hva_of(gpa, size)
+            self._host.mm.advise_mergeable(hva, hva + size)
             self._host.mm.ksm_merge(list(range(hva, hva + size, self._host.mm.page_size)))
 
     def age(self, gpa: int, size: int) -> None:
