@@ -8,7 +8,7 @@ import pytest
 from prefault.errors import CapabilityMissing, GuestFailed, PrefaultError, UsageError
 from prefault.guest import port
 from prefault.guest.program import Execute, Program
-from prefault.machine import Access, Advice, Backing, MemoryRegion, Resident
+from prefault.machine import Access, Advice, Backing, MemoryRegion, Resident, Vm
 from prefault.spec import open_spec
 
 CODE, DATA, BLOCK = 0x4000_0000, 0x1_0000_0000, 2 << 20
@@ -92,3 +92,104 @@ def test_an_unmapping_that_fails_at_its_end_has_told_of_the_cut_at_its_start() -
         with pytest.raises(PrefaultError, match="Invalid argument"):
             vm.unmap(DATA + 0x1F0000, 0x1000)
         assert vm.stage2() == []
+
+
+def test_the_fault_address_before_the_first_abort_is_that_of_the_reset() -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        assert vm.create_vcpu().get_register("far_el1") == 0x1DE7_EC7E_DBAD_C0DE
+
+
+def young(vm: Vm) -> list[tuple[int, int]]:
+    """Runs of pages after DATA that are young: (first, how many)."""
+    return [((leaf.ipa - DATA) // 0x1000, leaf.size // 0x1000) for leaf in vm.stage2() if leaf.accessed]
+
+
+def test_a_thp_is_aged_by_its_first_page_only() -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK, Backing.THP, Resident.WRITE))
+        vm.create_vcpu().pre_fault_memory(DATA, BLOCK)
+        vm.age(DATA + 0x1000, 0x1000)
+        assert young(vm) == [(0, 512)]
+        vm.age(DATA, 0x1000)
+        assert young(vm) == []
+
+
+def test_a_thp_that_is_mapped_by_pages_is_aged_as_a_whole() -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK, Backing.THP, Resident.WRITE))
+        vm.protect(DATA + 0x5000, 0x1000, Access.READ)
+        vm.create_vcpu().pre_fault_memory(DATA, 0x10000)
+        vm.age(DATA + 0x1000, 0x1000)
+        assert sum(count for _, count in young(vm)) == 16
+        vm.age(DATA, 0x1000)
+        assert young(vm) == []
+
+
+def test_a_thp_is_split_when_a_page_of_it_migrates() -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK, Backing.THP, Resident.WRITE))
+        vcpu = vm.create_vcpu()
+        vcpu.pre_fault_memory(DATA, BLOCK)
+        vm.advise(DATA + 0x3000, 0x1000, Advice.SOFT_OFFLINE)
+        assert vm.stage2() == []
+        vcpu.pre_fault_memory(DATA, 0x10000)
+        vm.age(DATA, 0x1000)
+        assert young(vm) == [(1, 15)]
+
+
+def test_a_page_of_hugetlb_migrates_as_a_whole() -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK, Backing.HUGETLB, Resident.WRITE))
+        vm.write_memory(DATA + 0x7000, b"kept")
+        vcpu = vm.create_vcpu()
+        vcpu.pre_fault_memory(DATA, BLOCK)
+        vm.advise(DATA + 0x3000, 0x1000, Advice.SOFT_OFFLINE)
+        assert vm.stage2() == []
+        vcpu.pre_fault_memory(DATA, BLOCK)
+        assert young(vm) == [(0, 512)]
+        assert vm.read_memory(DATA + 0x7000, 4) == b"kept"
+
+
+@pytest.mark.parametrize(
+    ("backing", "error"), [(Backing.PRIVATE, "State not recoverable"), (Backing.THP, "Input/output error")]
+)
+def test_the_zero_page_does_not_migrate(backing: Backing, error: str) -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK, backing))
+        with pytest.raises(CapabilityMissing, match=error):
+            vm.advise(DATA, 0x1000, Advice.SOFT_OFFLINE)
+
+
+@pytest.mark.parametrize(
+    ("backing", "written", "told"),
+    [
+        (Backing.FILE_PRIVATE, False, False),
+        (Backing.FILE_PRIVATE, True, True),
+        (Backing.PRIVATE, False, False),
+        (Backing.PRIVATE, True, True),
+        (Backing.THP, False, True),
+        (Backing.SHARED, True, False),
+    ],
+)
+def test_a_fork_tells_of_mappings_with_pages_of_their_own(
+    backing: Backing, written: bool, told: bool
+) -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK, backing))
+        if written:
+            vm.write_memory(DATA + 0x8000, b"own")
+        vm.create_vcpu().pre_fault_memory(DATA, 0x4000)
+        with vm.fork():
+            assert bool(vm.stage2()) != told
+
+
+def test_making_pages_mergeable_cuts_the_mapping() -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK, resident=Resident.WRITE))
+        vcpu = vm.create_vcpu()
+        vcpu.pre_fault_memory(DATA, BLOCK)
+        vm.advise(DATA + 0x8000, 0x4000, Advice.MERGEABLE)
+        assert vm.stage2() == []
+        vcpu.pre_fault_memory(DATA, BLOCK)
+        vm.advise(DATA + 0x9000, 0x1000, Advice.MERGEABLE)  # which it is
+        assert young(vm) == [(0, 512)]
