@@ -23,6 +23,7 @@ LIMIT_SECONDS = 60.0
 """What one scenario may take; the slowest takes 3 s."""
 _PROGRAMS = "/programs.json"
 _KHUGEPAGED = "/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs"
+_KCOMPACTD = "/proc/sys/vm/compaction_proactiveness"
 _NEVER = (1 << 32) - 1
 _STARTING_SECONDS = 30
 HUGE_PAGES = ("hugepages=4", "hugepagesz=32M", "hugepages=1", "hugepagesz=1G", "hugepages=1")
@@ -113,8 +114,10 @@ def _boot(
     suite: Suite, options: MachineOptions, kernel: Path | None, limit: float, found: LabPlays, lines: _Lines
 ) -> None:
     """One boot; whatever happens, at least one more scenario has been played after it."""
-    # Left to itself, khugepaged makes THPs whenever it comes by: no specification can know when.
-    argv = ["sh", "-c", f'echo {_NEVER} >{_KHUGEPAGED}; exec "$@"', "sh"]
+    # Left to themselves, khugepaged makes THPs and kcompactd moves pages whenever they come by: no
+    # specification can know when, and with an L2 each page costs half a second.
+    rest = f"echo {_NEVER} >{_KHUGEPAGED}; echo 0 >{_KCOMPACTD}"
+    argv = ["sh", "-c", f'{rest}; exec "$@"', "sh"]
     argv += ["python3", "-m", "prefault.scenarios", "--facts", "--limit", f"{limit:g}", *suite.names]
     files = {_PROGRAMS: suite.programs_json()} if suite.programs else {}
     argv += ["--programs", _PROGRAMS] if suite.programs else []
