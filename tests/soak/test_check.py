@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -83,8 +84,30 @@ def test_a_guest_reads_what_the_host_has(vm: Vm) -> None:
 
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
 def test_slots_neither_meet_nor_begin_within_a_page(page: int) -> None:
-    patches = lay_out(page)
+    patches = lay_out(page, guest_memfd=True)
     ends = [one.region.gpa + one.region.size for one in patches]
     assert all(after.region.gpa >= end + HOLE for end, after in zip(ends, patches[1:], strict=False))
     assert all(one.region.gpa % page == one.region.size % page == 0 for one in patches)
     assert Resident.NOTHING is patches[0].region.resident
+
+
+def test_without_guest_memfd_there_is_none() -> None:
+    assert any(one.region.backing is Backing.GUEST_MEMFD for one in lay_out(PAGE, guest_memfd=True))
+    assert all(one.region.backing is not Backing.GUEST_MEMFD for one in lay_out(PAGE, guest_memfd=False))
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+def test_a_page_of_ksm_is_shared_unless_the_kernel_says_so_of_all(
+    monkeypatch: pytest.MonkeyPatch, of_all: bool
+) -> None:
+    hva, pfn = 0x7000_0000, 5
+
+    def pread(fd: str, size: int, offset: int) -> bytes:
+        if fd == "/proc/self/pagemap":
+            return (1 << 63 | 1 << 56 | (pfn if offset == hva // PAGE * 8 else 6)).to_bytes(8, "little")
+        return (1 << 21 if of_all or offset == pfn * 8 else 0).to_bytes(8, "little")
+
+    monkeypatch.setattr(os, "open", lambda path, flags: path)
+    monkeypatch.setattr(os, "pread", pread)
+    page = check._Pagemap(PAGE).of(hva)
+    assert page and page.shared is not of_all

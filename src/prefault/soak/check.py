@@ -6,6 +6,7 @@ Source: Documentation/admin-guide/mm/pagemap.rst
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,6 +119,12 @@ class _Pagemap:
         self._map = os.open("/proc/self/pagemap", os.O_RDONLY)
         self._flags = os.open("/proc/kpageflags", os.O_RDONLY)
         self._page = host_page
+        self._told = _MASK
+        # Linux 6.12 says of all anonymous pages that they are KSM's, also of one that nobody lets KSM have.
+        own = ctypes.create_string_buffer(b"x" * self._page)
+        page = self.of(ctypes.addressof(own))
+        if page and page.flags & _KPF_KSM:
+            self._told &= ~_KPF_KSM
 
     def close(self) -> None:
         """Close both."""
@@ -129,7 +136,8 @@ class _Pagemap:
         entry = int.from_bytes(os.pread(self._map, 8, hva // self._page * 8), "little")
         if not entry & _PRESENT:
             return None
-        return _HostPage(entry, int.from_bytes(os.pread(self._flags, 8, (entry & _PFN) * 8), "little"))
+        flags = int.from_bytes(os.pread(self._flags, 8, (entry & _PFN) * 8), "little")
+        return _HostPage(entry, flags & self._told)
 
 
 def leaves(ground: Ground, table: list[Leaf], logged: dict[int, set[int]]) -> Iterator[str]:

@@ -111,8 +111,11 @@ class Ground:
             yield gpa, data[offset : offset + self.page]
 
 
-def lay_out(page: int) -> list[Patch]:
-    """Memslots on every backing, with holes between them; hugetlb where its pages are small enough."""
+def lay_out(page: int, *, guest_memfd: bool) -> list[Patch]:
+    """Memslots on every backing, with holes between them; hugetlb where its pages are small enough.
+
+    :param guest_memfd: whether this kernel has it
+    """
     unit = max(BLOCK, 64 * page)
     patches: list[Patch] = []
     gpa = DATA
@@ -131,7 +134,8 @@ def lay_out(page: int) -> list[Patch]:
     add(Backing.THP, 2 * unit, logging=True)
     add(Backing.FILE_PRIVATE, unit, volatile=True)
     add(Backing.PRIVATE, unit // 8, volatile=True, moving=True)
-    add(Backing.GUEST_MEMFD, unit)
+    if guest_memfd:
+        add(Backing.GUEST_MEMFD, unit)
     if hugepages.default_size() == BLOCK:
         add(Backing.HUGETLB, 2 * BLOCK, logging=True)
     return patches

@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefault.abi.constants import KVM_CAP_GUEST_MEMFD_FLAGS
 from prefault.errors import PrefaultError
 from prefault.kvm import open_kvm
 from prefault.kvm.system import Kvm
@@ -93,7 +94,8 @@ def play(kvm: Kvm, config: SoakConfig, number: int) -> Round:
     counts: Counter[str] = Counter()
     chance = random.Random(config.seed * 1_000_003 + number)
     with kvm.create_vm() as vm:
-        ground = Ground(vm, kvm.page_size, lay_out(kvm.page_size))
+        guest_memfd = bool(vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS))
+        ground = Ground(vm, kvm.page_size, lay_out(kvm.page_size, guest_memfd=guest_memfd))
         ground.set_up()
         vcpus = [vm.create_vcpu(VcpuConfig(el2=nested)) for _ in range(config.vcpus)]
         ground.stamp()
