@@ -128,13 +128,24 @@ def test_a_thp_that_is_mapped_by_pages_is_aged_as_a_whole() -> None:
 def test_a_thp_is_split_when_a_page_of_it_migrates() -> None:
     with open_spec() as kvm, kvm.create_vm() as vm:
         vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK, Backing.THP, Resident.WRITE))
+        vm.write_memory(DATA, b"x" * 0x8000)
         vcpu = vm.create_vcpu()
         vcpu.pre_fault_memory(DATA, BLOCK)
         vm.advise(DATA + 0x3000, 0x1000, Advice.SOFT_OFFLINE)
         assert vm.stage2() == []
-        vcpu.pre_fault_memory(DATA, 0x10000)
+        vcpu.pre_fault_memory(DATA, 0x8000)
         vm.age(DATA, 0x1000)
-        assert young(vm) == [(1, 15)]
+        assert young(vm) == [(1, 7)]
+
+
+@pytest.mark.parametrize("page", [0x3000, 0x9000])
+def test_what_is_all_zero_of_a_thp_that_is_split_is_the_zero_page(page: int) -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK, Backing.THP, Resident.WRITE))
+        vm.write_memory(DATA, b"x" * 0x8000)
+        vm.advise(DATA + page, 0x1000, Advice.SOFT_OFFLINE)
+        vm.create_vcpu().pre_fault_memory(DATA, 0x10000)
+        assert [(leaf.size, leaf.writable) for leaf in vm.stage2()] == [(0x8000, True), (0x8000, False)]
 
 
 def test_a_page_of_hugetlb_migrates_as_a_whole() -> None:

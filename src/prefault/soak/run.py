@@ -16,9 +16,9 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,11 +121,13 @@ def play(kvm: Kvm, config: SoakConfig, number: int) -> Round:
                 # Guests that run repair what they meet, so that less is left to be seen.
                 active = acts if bout % 2 else [one[:1] for one in acts if one is not acts[1]]
                 _fight(active, [*others, slots], config.bout_seconds, counts, chance)
-                wrong = _rest(ground, slots)
+                with _ksm_at_rest():
+                    wrong = _rest(ground, slots)
                 if wrong:
                     break
             else:
-                wrong = _compare(ground, reader, vcpus[0], nested)
+                with _ksm_at_rest():
+                    wrong = _compare(ground, reader, vcpus[0], nested)
         except Exception:
             wrong.append(traceback.format_exc())
     return Round(number, nested, time.monotonic() - began, dict(counts), wrong)
@@ -153,6 +155,18 @@ def _vcpu(acts: list[Act], until: float, counts: Counter[str], threads: list[int
         repeat(lambda: turn.choice(acts)(), until, counts)
     finally:
         threads.remove(here())
+
+
+@contextmanager
+def _ksm_at_rest() -> Iterator[None]:
+    """No page is merged between the looks at its leaf and at itself. Waits for the scan that is on."""
+    with suppress(OSError):
+        (_KSM / "run").write_text("0")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (_KSM / "run").write_text("1")
 
 
 def _rest(ground: Ground, slots: Slots) -> list[str]:

@@ -398,14 +398,23 @@ class Mm:
                     self.mapcount[page] = shared
 
     def _split_thp(self, hva: int, pfn: int) -> None:
-        """Make single pages of a THP that a frame may belong to. Mirrors: split_huge_page()"""
+        """Make single pages of a THP that a frame may belong to; the zero page of those that are all zero.
+
+        Mirrors: split_huge_page(), try_to_map_unused_to_zeropage()
+        """
         first = self._first_of_folio(pfn)
         if first not in self.thps:
             return
         self._split_pmd(hva)
-        start = hva - (pfn - first << self.page_shift)
+        entries, start = self.ptes[self.page_shift], hva - (pfn - first << self.page_shift)
         with self._invalidation(start, start + (1 << self.pmd_shift)):
             self.thps.discard(first)
+            for offset in range(1 << self.pmd_shift - self.page_shift):
+                number = (start >> self.page_shift) + offset
+                mapped = entries.get(number, 0) >> PFN_SHIFT == first + offset
+                if mapped and self.memory.identical(first + offset, self.memory.zero_pfn):
+                    entries[number] = self.memory.zero_pfn << PFN_SHIFT
+                    self.memory.free(first + offset)
 
     # GUP.
 

@@ -330,6 +330,8 @@ class Process(Mm):
         if not vma.hugetlb:
             self._split_thp(hva, self.pfn_of(hva, *found))
             found = self.ptes[self.page_shift][hva >> self.page_shift], self.page_shift
+            if self._is_zero(found[0]):
+                return 0  # it was all zero, and is mapped nowhere any more
         entry, shift = found
         start, order = hva >> shift << shift, shift - self.page_shift
         with self._invalidation(start, start + (1 << shift)):
