@@ -313,29 +313,34 @@ def _delete(region: MemoryRegion) -> MemoryRegion:
 _ENDS: dict[str, Callable[[MemoryRegion], MemoryRegion]] = {"delete": _delete, "move": _move}
 
 
-@scenarios("M12", "M10", "M13", cases=[(name,) for name in _ENDS])
-def a_slot_that_is_going_away_is_eagain(stage: Stage, end: str) -> None:
+@scenarios("M12", "M10", "M13", cases=[(name, pages) for name in _ENDS for pages in (1, PAGES // 2)])
+def a_slot_that_is_going_away_is_eagain(stage: Stage, end: str, pages: int) -> None:
     region = stage.data(PAGES)
     vm = stage.vm(region)
-    vm.advise(DATA, stage.page, Advice.DONTNEED)
+    vm.advise(DATA, pages * stage.page, Advice.DONTNEED)
     waits, other = vm.create_vcpu(), vm.create_vcpu()
     found: list[int] = []
+    asked: Asked = []
+    serve = _copying(stage, asked)
     # What changes a memslot waits for the pre-fault, which waits for the handler.
     change = threading.Thread(target=vm.set_user_memory_region, args=(_ENDS[end](region),))
 
     def handler(userfault: Userfault, gpa: int, write: bool) -> None:
-        change.start()
+        if not asked:
+            change.start()
         give_up = time.monotonic() + _PATIENCE
         while not found and time.monotonic() < give_up:
-            progress = other.pre_fault_memory_once(DATA + stage.page, stage.page)
+            progress = other.pre_fault_memory_once(DATA + pages * stage.page, stage.page)
             found.extend([progress.errno] if progress.errno else [])
-        userfault.copy(gpa, _contents(stage, gpa))
+        serve(userfault, gpa, write)
 
-    with vm.handle_userfaults(DATA, stage.page, UserfaultMode.MISSING, handler):
+    with vm.handle_userfaults(DATA, pages * stage.page, UserfaultMode.MISSING, handler):
         progress = stage.pre_fault_once(waits, DATA, PAGES * stage.page)
         change.join(_PATIENCE)
     stage.see("meanwhile", found)
     stage.holds(found == [errno.EAGAIN], f"a pre-fault of a slot that is going away gave {found}")
+    stage.see("asked", asked)
+    stage.holds(asked == [(DATA, False)], f"pages of a slot that is going away were asked for: {asked}")
     stage.holds(
         (progress.errno, progress.gpa) == (0, DATA + stage.page), f"who waited should stop there: {progress}"
     )
