@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefault.abi.constants import KVM_CAP_GUEST_MEMFD_FLAGS
+from prefault.abi.constants import KVM_CAP_ARM_EL2
 from prefault.errors import PrefaultError
 from prefault.kvm import open_kvm
 from prefault.kvm.system import Kvm
@@ -48,7 +49,7 @@ class SoakConfig:
     :ivar round_seconds: of fighting, in a round
     :ivar bout_seconds: of fighting, between two checks
     :ivar vcpus: two of them only pre-fault and only run; the others do both
-    :ivar nested: vCPUs have EL2, and every other walk is an L2's; in every other round
+    :ivar nested: vCPUs have EL2, and every other walk is an L2's; in every other round, where KVM has that
     :ivar seed: of all chances; threads still race as they like
     """
 
@@ -90,7 +91,7 @@ def soak(kvm: Kvm, config: SoakConfig, tell: Callable[[Round], None]) -> None:
 def play(kvm: Kvm, config: SoakConfig, number: int) -> Round:
     """One round."""
     began = time.monotonic()
-    nested = config.nested and number % 2 == 1
+    nested = config.nested and number % 2 == 1 and bool(kvm.check_extension(KVM_CAP_ARM_EL2))
     counts: Counter[str] = Counter()
     chance = random.Random(config.seed * 1_000_003 + number)
     with kvm.create_vm() as vm:
