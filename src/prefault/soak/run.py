@@ -22,8 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefault.abi.constants import KVM_CAP_GUEST_MEMFD_FLAGS
-from prefault.abi.constants import KVM_CAP_ARM_EL2
+from prefault.abi.constants import KVM_CAP_ARM_EL2, KVM_CAP_GUEST_MEMFD_FLAGS
 from prefault.errors import PrefaultError
 from prefault.kvm import open_kvm
 from prefault.kvm.system import Kvm
