@@ -32,6 +32,7 @@ from prefault.scenarios.scenario import Outcome
 
 KMSG = "/dev/kmsg"
 _LOOK_SECONDS = 1.0
+_GRACE_SECONDS = 5.0
 
 
 class KernelLog:
@@ -64,10 +65,31 @@ def play(wanted: list[Scenario], facts: bool) -> int:
     failed, log = 0, KernelLog()
     with open_kvm() as kvm:
         for one in wanted:
+            before = _stage2_kib()
             outcome = perform(kvm, one)
+            leaked = _stage2_kib_left(before)
+            if leaked and outcome.outcome == "passed":
+                text = f"{leaked} KiB of stage-2 tables were not given back"
+                outcome = dataclasses.replace(outcome, outcome="failed", text=text)
             failed += outcome.outcome == "failed"
             _report(outcome, log.read())
     return int(failed > 0)
+
+
+def _stage2_kib() -> int:
+    """What the kernel's stage-2 tables take, of all VMs; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^SecPageTables: +(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+    return 0
+
+
+def _stage2_kib_left(before: int) -> int:
+    """How much more they take than before. Tables that walks may still be in go a little later."""
+    until = time.monotonic() + _GRACE_SECONDS
+    while (left := _stage2_kib() - before) > 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    return max(0, left)
 
 
 def _report(outcome: Outcome, log: list[str]) -> None:

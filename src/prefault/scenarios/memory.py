@@ -62,6 +62,20 @@ def shared_memory_comes_out_writable(stage: Stage, backing: Backing) -> None:
     stage.holds(all(leaf.writable for leaf in stage.leaves(vm)), "shared memory came out read-only")
 
 
+@scenario("M1")
+def guest_memfd_does_not_need_a_mapping_of_the_host(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES, Backing.GUEST_MEMFD))
+    vcpu = stage.vcpu(vm, Marker(0), Read(DATA + 3 * stage.page), Report())
+    stage.proceed(vcpu)
+    vm.write_memory(DATA + 3 * stage.page, (0x55).to_bytes(8, "little"))
+    vm.unmap(DATA, PAGES * stage.page)
+    progress = stage.pre_fault_once(vcpu, DATA, PAGES * stage.page)
+    stage.holds(progress.errno == 0, f"guest_memfd that the host has not mapped gave {progress}")
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.leaves(vm)
+    stage.holds(stage.finish(vcpu) == [0x55], "the guest did not read what guest_memfd has")
+
+
 @scenario("M6")
 def memory_that_the_host_may_only_read_comes_out_read_only(stage: Stage) -> None:
     vm = stage.vm(stage.data(PAGES))
