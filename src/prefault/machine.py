@@ -372,6 +372,9 @@ class Vm(Protocol):
     def age(self, gpa: int, size: int) -> None:
         """Have the host take note that nobody has used ``[gpa, gpa+size)`` lately."""
 
+    def drop_caches(self) -> None:
+        """Have the host drop pages of files that are neither mapped nor, as far as it knows, written."""
+
     def handle_userfaults(
         self, gpa: int, size: int, mode: UserfaultMode, handler: UserfaultHandler
     ) -> Userfault:

@@ -26,6 +26,7 @@ _KSM = Path("/sys/kernel/mm/ksm")
 _KSM_SETTINGS = {"pages_to_scan": "100000", "sleep_millisecs": "1", "run": "1"}
 _KSM_PATIENCE = 10.0
 _IDLE = Path("/sys/kernel/mm/page_idle/bitmap")
+_DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _PAGEMAP = Path("/proc/self/pagemap")
 _PRESENT = 1 << 63
 _PFN = (1 << 55) - 1
@@ -157,6 +158,17 @@ def age(hva: int, size: int, page_size: int) -> None:
         raise CapabilityMissing(
             f"{_IDLE} cannot be written: {error}; it takes CONFIG_IDLE_PAGE_TRACKING and root"
         ) from error
+
+
+def drop_caches() -> None:
+    """Have the kernel drop clean pages of files that nobody has mapped.
+
+    :raises CapabilityMissing: we may not
+    """
+    try:
+        _DROP_CACHES.write_text("1")
+    except OSError as error:
+        raise CapabilityMissing(f"{_DROP_CACHES} cannot be written: {error}; it takes root") from error
 
 
 def onto_the_lists() -> None:

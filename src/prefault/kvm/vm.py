@@ -232,6 +232,10 @@ class Vm(Descriptor):
         self._slot_of(gpa, size)
         host.age(self.hva_of(gpa), size, self._page_size)
 
+    def drop_caches(self) -> None:
+        """Have the host drop pages of files that are neither mapped nor, as far as it knows, written."""
+        host.drop_caches()
+
     def handle_userfaults(
         self, gpa: int, size: int, mode: UserfaultMode, handler: UserfaultHandler
     ) -> Userfault:

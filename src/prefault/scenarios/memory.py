@@ -76,6 +76,22 @@ def guest_memfd_does_not_need_a_mapping_of_the_host(stage: Stage) -> None:
     stage.holds(stage.finish(vcpu) == [0x55], "the guest did not read what guest_memfd has")
 
 
+@scenarios("M1", "M6", cases=[(Backing.SHARED,), (Backing.FILE_SHARED,)])
+def the_host_keeps_what_the_guest_wrote_to_prefaulted_memory(stage: Stage, backing: Backing) -> None:
+    vm = stage.vm(stage.data(PAGES, backing, resident=Resident.READ))
+    size = PAGES * stage.page
+    writes, reads = Walk(DATA, size, stage.page, 1000), Walk(DATA, size, stage.page)
+    vcpu = stage.vcpu(vm, Marker(0), writes, Marker(1), reads, Report())
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, size)
+    stage.proceed(vcpu)
+    # The host's own PTEs tell nothing of the guest's writes. That the page is dirty must be known by now.
+    vm.advise(DATA, size, Advice.DONTNEED)
+    vm.drop_caches()
+    total = sum(range(DATA, DATA + size, stage.page))
+    stage.holds(stage.finish(vcpu) == [total], "what the guest wrote is lost")
+
+
 @scenario("M6")
 def memory_that_the_host_may_only_read_comes_out_read_only(stage: Stage) -> None:
     vm = stage.vm(stage.data(PAGES))
