@@ -204,3 +204,14 @@ def test_making_pages_mergeable_cuts_the_mapping() -> None:
         vcpu.pre_fault_memory(DATA, BLOCK)
         vm.advise(DATA + 0x9000, 0x1000, Advice.MERGEABLE)  # which it is
         assert young(vm) == [(0, 512)]
+
+
+@pytest.mark.parametrize("advice", [Advice.SOFT_OFFLINE, Advice.HWPOISON])
+def test_memory_that_is_not_there_neither_migrates_nor_is_poisoned(advice: Advice) -> None:
+    with open_spec() as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, BLOCK))
+        vm.unmap(DATA, 0x1000)
+        vm.protect(DATA + 0x1000, 0x1000, Access.NONE)
+        for page in (DATA, DATA + 0x1000):
+            with pytest.raises(CapabilityMissing, match="Bad address"):
+                vm.advise(page, 0x1000, advice)

@@ -303,11 +303,11 @@ class Process(Mm):
 
     def poison(self, hva: int) -> int:
         """MADV_HWPOISON: the page is unmapped, and faults on it say so; 0 or a negative errno."""
-        ret = self.populate(hva, hva + self.page_size, write=False)
+        if self.populate(hva, hva + self.page_size, write=False):
+            return -errno.EFAULT  # as from get_user_pages_fast()
         self._split_pmd(hva)
         found = self.lookup(hva)
-        if ret or found is None:
-            return ret
+        assert found
         pfn = self.pfn_of(hva, *found)
         if pfn == self.memory.zero_pfn:
             return -errno.EBUSY
@@ -321,10 +321,11 @@ class Process(Mm):
 
         Mirrors: soft_offline_in_use_page(), try_to_migrate(), remove_migration_ptes()
         """
-        ret = self.populate(hva, hva + self.page_size, write=False)
+        if self.populate(hva, hva + self.page_size, write=False):
+            return -errno.EFAULT  # as from get_user_pages_fast()
         found, vma = self.lookup(hva), self.vma_lookup(hva)
-        if ret or found is None or vma is None:
-            return ret or -errno.EFAULT
+        assert found
+        assert vma
         if self._is_zero(found[0]):
             return -errno.EIO if found[1] == self.pmd_shift else -errno.ENOTRECOVERABLE
         if not vma.hugetlb:
