@@ -28,6 +28,7 @@ NOT_UNDER_PKVM = {
     "a_huge_page_of_the_size_of_a_level_1_block_is_one",
     "read_only_slots_of_a_device_are_mapped_read_only",
     *(name for name in SCENARIOS if name.startswith("migrated_pages_are_mapped_where_they_are_now")),
+    *(name for name in SCENARIOS if name.startswith("pages_that_prefaulting_brought_in_are_held_by_nobody")),
 }
 """The hypervisor maps no blocks above level 2, and no devices; for the rest see the scenario."""
 

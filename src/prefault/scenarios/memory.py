@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from prefault.errors import CapabilityMissing, Mismatch
 from prefault.guest.port import Reported
 from prefault.guest.program import Marker, Read, Report, Walk, Write
 from prefault.machine import (
@@ -359,6 +360,19 @@ def migrated_pages_are_mapped_where_they_are_now(stage: Stage, backing: Backing)
         stage.proceed(vcpu)
     stage.see("faults", counts.total)
     stage.holds(vm.read_memory(moved, 1) == b"\x55", "the guest wrote to where the page was")
+
+
+@scenarios("M12", cases=[(Backing.SHARED,), (Backing.FILE_SHARED,)])
+def pages_that_prefaulting_brought_in_are_held_by_nobody(stage: Stage, backing: Backing) -> None:
+    stage.not_under_pkvm("a page that was just mapped cannot be migrated at once")
+    vm = stage.vm(stage.data(PAGES, backing, resident=Resident.NOTHING))
+    stage.pre_fault(stage.vcpu(vm, Marker(0)), DATA, PAGES * stage.page)
+    try:
+        vm.advise(DATA, 2 * stage.page, Advice.SOFT_OFFLINE)
+    except CapabilityMissing as error:
+        raise Mismatch(f"somebody holds a reference to a page: {error}") from error
+    left = sum(leaf.size for leaf in stage.leaves(vm))
+    stage.holds(left == (PAGES - 2) * stage.page, "pages that are elsewhere have leaves, or others have none")
 
 
 _TRACKED = (Backing.PRIVATE, Backing.SHARED, Backing.FILE_PRIVATE, Backing.FILE_SHARED, Backing.THP)
