@@ -264,6 +264,12 @@ class Vcpu(Protocol):
     def set_register(self, name: str, value: int) -> None:
         """Set what ``get_register`` reads."""
 
+    def registers(self) -> dict[str, bytes]:
+        """All registers that user space can read, but for counters, which never rest.
+
+        By architectural name, or by KVM's id in hexadecimal.
+        """
+
     def close(self) -> None:
         """Close the descriptor. Safe to call again."""
 

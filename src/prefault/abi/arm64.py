@@ -26,6 +26,8 @@ KVM_VGIC_V3_REDIST_SIZE = 0x2_0000
 # Register ids.
 KVM_REG_ARM64 = 0x6000000000000000
 KVM_REG_SIZE_U64 = 0x0030000000000000
+KVM_REG_SIZE_SHIFT = 52
+KVM_REG_SIZE_MASK = 0x00F0000000000000
 KVM_REG_ARM_COPROC_SHIFT = 16
 KVM_REG_ARM_CORE = 0x0010 << KVM_REG_ARM_COPROC_SHIFT
 KVM_REG_ARM64_SYSREG = 0x0013 << KVM_REG_ARM_COPROC_SHIFT
@@ -97,6 +99,17 @@ def system_register_id(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:
     return KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG | encoding
 
 
+COUNTERS = frozenset(
+    system_register_id(3, 3, 14, crm, op2) for crm, op2 in ((0, 1), (0, 2), (0, 5), (0, 6), (3, 2))
+)
+"""The counters of the architected timer, as user space sees them: KVM_REG_ARM_TIMER_CNT is the last."""
+
+
+def register_size(register: int) -> int:
+    """The size of a register by its id."""
+    return 1 << ((register & KVM_REG_SIZE_MASK) >> KVM_REG_SIZE_SHIFT)
+
+
 def register_id(name: str) -> int | None:
     """The id of a register by its architectural name, or None if this module has no such name."""
     name = name.lower()
@@ -106,3 +119,13 @@ def register_id(name: str) -> int | None:
     if name in SYSTEM_REGISTERS:
         return system_register_id(*SYSTEM_REGISTERS[name])
     return None
+
+
+_NAMES = {core_register_id(offset): name for name, offset in CORE_OFFSETS.items()} | {
+    system_register_id(*encoding): name for name, encoding in SYSTEM_REGISTERS.items()
+}
+
+
+def register_name(register: int) -> str:
+    """The architectural name of a register by its id, or the id in hexadecimal."""
+    return _NAMES.get(register, f"{register:#x}")

@@ -53,6 +53,7 @@ KVM_CREATE_DEVICE = _iowr(0xE0, structures.kvm_create_device)
 KVM_RUN = _io(0x80)
 KVM_GET_ONE_REG = _iow(0xAB, structures.kvm_one_reg)
 KVM_SET_ONE_REG = _iow(0xAC, structures.kvm_one_reg)
+KVM_GET_REG_LIST = _iowr(0xB0, structures.kvm_reg_list)
 KVM_ARM_VCPU_INIT = _iow(0xAE, structures.kvm_vcpu_init)
 KVM_PRE_FAULT_MEMORY = _iowr(0xD5, structures.kvm_pre_fault_memory)
 

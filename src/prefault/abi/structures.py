@@ -50,6 +50,12 @@ class kvm_enable_cap(ctypes.Structure):
     _fields_: ClassVar = [("cap", _u32), ("flags", _u32), ("args", _u64 * 4), ("pad", _u8 * 64)]
 
 
+class kvm_reg_list(ctypes.Structure):
+    """The head of KVM_GET_REG_LIST's argument; ``n`` ids of 64 bits follow."""
+
+    _fields_ = [("n", ctypes.c_uint64)]
+
+
 class kvm_one_reg(ctypes.Structure):
     """Argument of KVM_GET_ONE_REG and KVM_SET_ONE_REG."""
 

@@ -127,6 +127,30 @@ class Vcpu(Descriptor):
         request = structures.kvm_one_reg(_register_id(name), ctypes.addressof(cell))
         self.ioctl("KVM_SET_ONE_REG", request, hint=f"{name} cannot be set to {value:#x} on this vCPU")
 
+    def registers(self) -> dict[str, bytes]:
+        """All registers that user space can read, but for counters, which never rest.
+
+        By architectural name, or by KVM's id in hexadecimal.
+        """
+        return {
+            arm64.register_name(register): self._read(register)
+            for register in self._register_list()
+            if register not in arm64.COUNTERS
+        }
+
+    def _register_list(self) -> list[int]:
+        count = structures.kvm_reg_list(0)
+        self.try_ioctl("KVM_GET_REG_LIST", count)  # E2BIG, and how many there are
+        cells = (ctypes.c_uint64 * (1 + count.n))(count.n)
+        self.ioctl("KVM_GET_REG_LIST", ctypes.addressof(cells))
+        return list(cells)[1:]
+
+    def _read(self, register: int) -> bytes:
+        value = (ctypes.c_uint8 * arm64.register_size(register))()
+        request = structures.kvm_one_reg(register, ctypes.addressof(value))
+        self.ioctl("KVM_GET_ONE_REG", request, hint=f"register {register:#x} is listed, but cannot be read")
+        return bytes(value)
+
     def initialise(self, target: structures.kvm_vcpu_init) -> None:
         """KVM_ARM_VCPU_INIT with the features that the configuration asks for."""
         features = 1 << arm64.KVM_ARM_VCPU_PSCI_0_2

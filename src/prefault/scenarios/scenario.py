@@ -85,6 +85,11 @@ class Stage:
         if not condition:
             raise Mismatch(otherwise)
 
+    def unchanged(self, before: dict[str, bytes], after: dict[str, bytes]) -> None:
+        """Check that all registers are what they were."""
+        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        self.holds(not changed, f"pre-faulting changed {', '.join(changed)}")
+
     def vm(self, *regions: MemoryRegion, config: VmConfig = VmConfig()) -> Vm:  # noqa: B008 - frozen
         """A VM with a slot for programs and the given ones. It is closed after the scenario."""
         vm = self.kvm.create_vm(config)

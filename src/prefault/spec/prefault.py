@@ -23,7 +23,7 @@ def kvm_vcpu_pre_fault_memory(
     end = gpa + size & (1 << 64) - 1
     if flags or (gpa | size) & mask or end <= gpa:
         return gpa, size, errno.EINVAL
-    error = kvm_arch_vcpu_pre_fault_check(kvm, initialised=initialised)
+    error = kvm_arch_vcpu_pre_fault_begin(kvm, initialised=initialised)
     if error:
         return gpa, size, -error
     token = kvm.srcu.read_lock()
@@ -42,8 +42,8 @@ def kvm_vcpu_pre_fault_memory(
     return gpa, end - gpa, -ret if gpa == start else 0
 
 
-def kvm_arch_vcpu_pre_fault_check(kvm: KvmState, *, initialised: bool) -> int:
-    """Mirrors: kvm_arch_vcpu_pre_fault_check()"""
+def kvm_arch_vcpu_pre_fault_begin(kvm: KvmState, *, initialised: bool) -> int:
+    """Mirrors: kvm_arch_vcpu_pre_fault_begin()"""
     if not initialised:
         return -errno.ENOEXEC
     return -errno.EOPNOTSUPP if kvm.protected or not kvm.host.config.pre_faults else 0

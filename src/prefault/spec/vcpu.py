@@ -199,13 +199,21 @@ class SpecVcpu:
         else:
             self.cpu.system[name] = value
 
+    def registers(self) -> dict[str, bytes]:
+        """All registers that user space can read, but for counters, which never rest."""
+        names = (*arm64.CORE_OFFSETS, *arm64.SYSTEM_REGISTERS)
+        return {name: self.get_register(name).to_bytes(8, "little") for name in names if self._has(name)}
+
+    def _has(self, name: str) -> bool:
+        return not name.startswith(("id_", "midr")) and (self._config.el2 or not name.endswith("el2"))
+
     def _register(self, ioctl: str, name: str) -> str:
         name = name.lower()
         if arm64.register_id(name) is None:
             raise UsageError(f"register {name!r} is unknown; prefault.abi.arm64 lists those that are known")
         if not self._config.initialised:
             raise KvmError(ioctl, errno.ENOEXEC, hint="the vCPU is not initialised")
-        if name.startswith(("id_", "midr")) or (name.endswith("el2") and not self._config.el2):
+        if not self._has(name):
             raise KvmError(ioctl, errno.ENOENT, hint=f"this vCPU has no register {name}")
         return name
 
