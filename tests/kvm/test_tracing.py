@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefault.errors import CapabilityMissing, PrefaultError
-from prefault.kvm import tracing
+from prefault.kvm import tracefs, tracing
 from prefault.machine import FaultCounts
 
 TRACE = """# tracer: nop
@@ -69,7 +69,7 @@ class FakeTracefs:
 
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stats: str) -> FakeTracefs:
     fake = FakeTracefs(tmp_path, stats)
-    monkeypatch.setattr(tracing, "TRACEFS", tmp_path)
+    monkeypatch.setattr(tracefs, "TRACEFS", tmp_path)
     make_folder = Path.mkdir
 
     def mkdir(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
@@ -105,7 +105,7 @@ def test_lost_events_are_not_kept_silent(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_host_without_the_tracepoint_says_what_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracing, "TRACEFS", tmp_path)
+    monkeypatch.setattr(tracefs, "TRACEFS", tmp_path)
     with (
         pytest.raises(CapabilityMissing, match="tracefs"),
         tracing.KvmFaultCounter(1, set(), lambda ipa: True),

@@ -26,6 +26,7 @@ from prefault.cli.lab import lab
 from prefault.cli.map import map_
 from prefault.cli.mutants import mutants
 from prefault.cli.probe import probe
+from prefault.cli.record import record
 from prefault.cli.run import run
 from prefault.cli.soak import soak
 from prefault.errors import ExitCode, PrefaultError
@@ -58,6 +59,7 @@ def root() -> None:
     prefault probe             what the KVM of this machine offers
     prefault run               a guest walks its memory, without and with pre-faulting
     prefault map               the stage-2 tables of a VM, drawn
+    prefault record            the stage-2 faults of a live VM, or of a trace
     prefault conform           the same scenarios on the specification and on a real kernel
     prefault explore           races on the specification, in every order
     prefault lab build         build the kernel of the lab: arm64 KVM on any Linux machine
@@ -67,6 +69,7 @@ def root() -> None:
 root.add_command(probe)
 root.add_command(run)
 root.add_command(map_)
+root.add_command(record)
 root.add_command(conform)
 root.add_command(explore)
 root.add_command(lab)

@@ -15,7 +15,7 @@ from prefault.abi import constants
 from prefault.errors import KvmError, KvmMissing, PrefaultError
 from prefault.guest import port
 from prefault.guest.program import DeviceRead, Marker, Program, Read, Report, Step
-from prefault.kvm import hugepages, stage2, tracing
+from prefault.kvm import hugepages, stage2, tracefs
 from prefault.kvm.descriptor import Descriptor
 from prefault.kvm.system import DEVICE, Kvm, open_kvm
 from prefault.kvm.vcpu import Vcpu
@@ -121,7 +121,7 @@ def _host_facts() -> Facts:
         memfd=_memfd(),
         userfaultfd=_userfaultfd(),
         stage2_tables=False,
-        fault_tracing=(tracing.TRACEFS / "events/kvm/kvm_guest_fault").is_dir(),
+        fault_tracing=(tracefs.TRACEFS / "events/kvm/kvm_guest_fault").is_dir(),
     )
 
 

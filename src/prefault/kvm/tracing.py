@@ -11,23 +11,18 @@ Source: Documentation/trace/ftrace.rst, arch/arm64/kvm/trace_arm.h
 from __future__ import annotations
 
 import atexit
-import contextlib
-import itertools
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
 from prefault.errors import CapabilityMissing, PrefaultError
+from prefault.kvm import tracefs
 from prefault.machine import FaultCounts
-
-TRACEFS = Path("/sys/kernel/tracing")
 
 _EVENT = "events/kvm/kvm_guest_fault"
 _BYTES_PER_EVENT = 96
 _MIN_BUFFER_KIB, _MAX_BUFFER_KIB = 2 << 10, 64 << 10
-_numbers = itertools.count()
 
 _LINE = re.compile(
     r"-(\d+) +(?:\([ \d-]+\) +)?\[\d+\].* kvm_guest_fault: ipa (?:0x)?([0-9a-f]+), hsr (?:0x)?([0-9a-f]+),"
@@ -67,30 +62,24 @@ class TraceInstance:
     """A trace buffer that sees this process's threads, present and future, and only them."""
 
     def __init__(self, events: int) -> None:
-        if not (TRACEFS / _EVENT).is_dir():
+        if not (tracefs.TRACEFS / _EVENT).is_dir():
             raise CapabilityMissing(
-                f"{TRACEFS / _EVENT} is not there, so stage-2 faults cannot be counted; it needs root, "
-                "a mounted tracefs, and a kernel with KVM and CONFIG_FTRACE or "
+                f"{tracefs.TRACEFS / _EVENT} is not there, so stage-2 faults cannot be counted; it needs "
+                "root, a mounted tracefs, and a kernel with KVM and CONFIG_FTRACE or "
                 "CONFIG_ENABLE_DEFAULT_TRACERS"
             )
-        self._folder = TRACEFS / "instances" / f"prefault-{os.getpid()}-{next(_numbers)}"
-        try:
-            self._folder.mkdir()
-        except OSError as error:
-            raise CapabilityMissing(
-                f"{self._folder} cannot be made: {error.strerror}; counting stage-2 faults needs root"
-            ) from error
+        self._instance = tracefs.Instance("counting stage-2 faults")
         self._kib = min(_MAX_BUFFER_KIB, max(_MIN_BUFFER_KIB, events * _BYTES_PER_EVENT >> 10))
         try:
-            self._write("buffer_size_kb", str(self._kib))
-            self._write("options/event-fork", "1")
+            self._instance.write("buffer_size_kb", str(self._kib))
+            self._instance.write("options/event-fork", "1")
         except BaseException:
             self.close()
             raise
 
     def fits(self, events: int) -> bool:
         """Whether it is there and big enough."""
-        return self._folder.is_dir() and self._folder.parent.parent == TRACEFS and events <= self.room
+        return self._instance.is_there and events <= self.room
 
     @property
     def room(self) -> int:
@@ -99,14 +88,11 @@ class TraceInstance:
 
     def start(self) -> None:
         """Begin with an empty trace."""
-        self._write("trace", "")
+        self._instance.write("trace", "")
         threads = " ".join(task.name for task in Path("/proc/self/task").iterdir())
-        self._write("set_event_pid", threads)
-        self._write("tracing_on", "1")
-        self._write(f"{_EVENT}/enable", "1")
-
-    def _write(self, name: str, value: str) -> None:
-        (self._folder / name).write_text(value)
+        self._instance.write("set_event_pid", threads)
+        self._instance.write("tracing_on", "1")
+        self._instance.write(f"{_EVENT}/enable", "1")
 
     def stop(self) -> str:
         """Stop tracing; the trace.
@@ -114,27 +100,22 @@ class TraceInstance:
         :raises PrefaultError: the buffer was too small, so that events were lost
         """
         self.pause()
-        lost = 0
-        for stats in self._folder.glob("per_cpu/cpu*/stats"):
-            lost += sum(map(int, re.findall(r"^(?:overrun|dropped events): (\d+)", stats.read_text(), re.M)))
+        lost = self._instance.total("overrun", "dropped events")
         if lost:
             raise PrefaultError(
                 f"{lost} trace events were lost, so stage-2 faults cannot be counted; "
                 "count over a shorter interval or with smaller memslots"
             )
-        return (self._folder / "trace").read_text()
+        return self._instance.read("trace")
 
     def pause(self) -> None:
         """Trace nothing until the next start."""
-        self._write(f"{_EVENT}/enable", "0")
-        self._write("tracing_on", "0")
+        self._instance.write(f"{_EVENT}/enable", "0")
+        self._instance.write("tracing_on", "0")
 
     def close(self) -> None:
         """Remove the instance. Safe to call again."""
-        with contextlib.suppress(OSError):
-            self._write(f"{_EVENT}/enable", "0")
-        with contextlib.suppress(OSError):
-            self._folder.rmdir()
+        self._instance.close([_EVENT])
 
 
 _idle: list[TraceInstance] = []

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefault.kvm import open_kvm, probe
-from prefault.kvm.tracing import TRACEFS
+from prefault.kvm.tracefs import TRACEFS
 from prefault.scenarios import SCENARIOS, Scenario, perform
 from prefault.scenarios.program import read_programs, scenario
 from prefault.scenarios.scenario import Outcome

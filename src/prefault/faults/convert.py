@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes recordings of files that people have, and of captures.
+
+Failure modes, each a ``UsageError`` that says what to do: the file cannot be read, is empty, is of a kind
+that another tool reads (trace.dat, perf.data, compressed), or has no stage-2 fault in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from io import BufferedReader
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from prefault.errors import UsageError
+from prefault.faults import captured, ring, text
+from prefault.faults.events import Event, Events, faults_in
+from prefault.faults.recording import Columns, Metadata, Recording
+from prefault.faults.text import BadLine
+
+OnBytes = Callable[[int], None]
+
+_OTHER_FILES = (
+    (b"\x17\x08Dtracing", "a trace.dat", "trace-cmd report -i {0} > trace.txt"),
+    (b"PERFILE2", "a perf.data", "perf script -i {0} > trace.txt"),
+    (b"PAR1", "a recording already", "prefault plan {0}"),
+    (b"\x1f\x8b", "compressed", "zcat {0} > trace.txt"),
+    (b"\x28\xb5\x2f\xfd", "compressed", "zstdcat {0} > trace.txt"),
+    (b"\xfd7zXZ", "compressed", "xzcat {0} > trace.txt"),
+)
+"""How a file begins, what it is, and what makes it readable."""
+
+_VCPU = re.compile(r"v?cpu\D{0,2}(\d{1,4})", re.IGNORECASE)
+"""Names of vCPU threads: ``CPU 0/KVM`` (QEMU), ``fc_vcpu 0`` (Firecracker), ``vcpu0`` (Cloud Hypervisor),
+``crosvm_vcpu0``, ``kvm-vcpu-0`` (kvmtool)."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A recording, and what was seen on the way to it.
+
+    :ivar lines: of a text; 0 for a capture
+    :ivar events: of all kinds
+    :ivar bad: the first lines that could not be read
+    :ivar cut_off: the capture's writer was killed
+    """
+
+    recording: Recording
+    lines: int
+    events: int
+    bad: tuple[BadLine, ...] = ()
+    cut_off: bool = False
+
+
+def convert(path: Path, page_size: int = 4096, on_bytes: OnBytes | None = None) -> Converted:
+    """Make a recording of a trace or a capture.
+
+    :param path: the file; ``-`` is standard input
+    :param page_size: of the host, for texts, which do not tell
+    :raises UsageError: see the module
+    """
+    try:
+        if str(path) == "-":
+            with open(sys.stdin.fileno(), "rb", closefd=False) as file:
+                return _convert(file, Path("standard input"), page_size, on_bytes)
+        with path.open("rb") as file:
+            return _convert(file, path, page_size, on_bytes)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+
+
+def _convert(file: BufferedReader, path: Path, page_size: int, on_bytes: OnBytes | None) -> Converted:
+    begin = file.peek(64)
+    if not begin:
+        raise UsageError(f"{path}: is empty")
+    if begin.startswith(captured.MAGIC):
+        return _of_capture(file, path)
+    for magic, what, remedy in _OTHER_FILES:
+        if begin.startswith(magic):
+            raise UsageError(f"{path}: is {what}; run `{remedy.format(path)}`")
+    return _of_text(file, path, page_size, on_bytes)
+
+
+def _of_text(file: BinaryIO, path: Path, page_size: int, on_bytes: OnBytes | None) -> Converted:
+    trace = text.read(file, on_bytes)
+    faults = faults_in(trace.events)
+    if not len(faults):
+        raise UsageError(f"{path}: {_why_nothing(trace)}")
+    when = ""
+    with contextlib.suppress(OSError):
+        when = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    metadata = Metadata(
+        architecture=_architecture(trace.events, path),
+        page_size=page_size,
+        source=path.name,
+        format=trace.format,
+        recorded=when,
+        seconds=_span(trace.events),
+        lost_events=trace.lost,
+        bad_lines=trace.bad_lines,
+        threads=trace.threads,
+    )
+    recording = Recording(metadata, with_vcpus(faults, trace.threads))
+    return Converted(recording, trace.lines, trace.seen, tuple(trace.bad))
+
+
+def _why_nothing(trace: text.Trace) -> str:
+    if not trace.seen:
+        shown = f"; its first line is {trace.bad[0].text!r}" if trace.bad else ""
+        return (
+            f"no line of {trace.lines:,} is one of a trace{shown}. What is read: `trace-cmd report`, "
+            "`perf script`, and tracefs' trace, with times in seconds (not trace-cmd report -l or --ts-diff)"
+        )
+    return (
+        f"{trace.seen:,} events, but none is a stage-2 fault (kvm_guest_fault on arm64, kvm_page_fault on "
+        f"x86), and {trace.bad_lines:,} lines could not be read; record with "
+        "-e kvm:kvm_guest_fault -e kvm:kvm_page_fault -e kvm:kvm_exit -e kvm:kvm_entry -e kvm:kvm_mmio"
+    )
+
+
+def _architecture(events: Events, path: Path) -> str:
+    arm64 = bool(np.any(events.event == Event.FAULT_ARM64))
+    x86 = bool(np.any(events.event == Event.FAULT_X86))
+    if arm64 and x86:
+        raise UsageError(f"{path}: has faults of arm64 and of x86: these are two recordings, split the file")
+    return "aarch64" if arm64 else "x86_64"
+
+
+def _span(events: Events) -> float:
+    return float(events.time.max() - events.time.min()) / 1e9 if len(events) else 0.0
+
+
+def _of_capture(file: BinaryIO, path: Path) -> Converted:
+    found = ring.read(file, str(path))
+    head, tail = found.head, found.tail
+    threads = tail.threads if tail else {}
+    faults = faults_in(found.events)
+    used = set(np.unique(faults.tid).tolist())
+    threads = {tid: about for tid, about in threads.items() if tid in used}
+    pids = {tid: pid for tid, (pid, _) in threads.items() if pid}
+    if head.pid is not None:
+        pids = dict.fromkeys(used, head.pid)
+    faults.pid[:] = _looked_up(faults.tid, pids, -1)
+    metadata = Metadata(
+        architecture=head.machine,
+        page_size=head.page_size,
+        kernel=head.kernel,
+        source="live" if head.pid is None else f"live, process {head.pid}",
+        format="capture",
+        clock=head.clock,
+        recorded=head.began,
+        seconds=tail.seconds if tail else _span(found.events),
+        lost_events=tail.lost if tail else 0,
+        threads=threads,
+    )
+    recording = Recording(metadata, with_vcpus(faults, threads))
+    return Converted(recording, 0, len(found.events), cut_off=tail is None)
+
+
+def with_vcpus(faults: Columns, threads: dict[int, tuple[int, str]]) -> Columns:
+    """The faults with the vCPU's number where the trace does not have it and the thread's name tells."""
+    named = {tid: int(match[1]) for tid, (_, name) in threads.items() if (match := _VCPU.search(name))}
+    by_name = _looked_up(faults.tid, named, -1).astype(np.int16)
+    faults.vcpu = np.where(faults.vcpu >= 0, faults.vcpu, by_name)
+    return faults
+
+
+def _looked_up(keys: np.ndarray, values: dict[int, int], otherwise: int) -> np.ndarray:
+    """A dictionary's value for each key."""
+    unique, inverse = np.unique(keys, return_inverse=True)
+    found = np.array([values.get(int(key), otherwise) for key in unique], np.int32)
+    return found[inverse] if len(unique) else np.empty(0, np.int32)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``prefault record`` on files; live recording is in tests/lab."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefault.cli.main import main
+from prefault.errors import ExitCode
+from prefault.faults import recording
+from prefault.kvm import tracefs
+
+DATA = Path(__file__).parents[1] / "faults/data"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def left() -> list[str]:
+    """What is in the folder."""
+    return [path.name for path in Path.cwd().iterdir()]
+
+
+def test_a_trace_becomes_a_recording(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["record", "--from", str(DATA / "walk.trace-cmd"), "-o", "x.parquet"]) == 0
+    shown = capsys.readouterr()
+    assert "182 stage-2 faults" in shown.out
+    assert "next: prefault plan x.parquet" in shown.out
+    assert len(recording.read(Path("x.parquet"))) == 182
+
+
+def test_json_has_what_was_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["record", "--json", "--from", str(DATA / "walk.capture")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["command"], found["output"]) == ("record", "faults.parquet")
+    assert found["summary"]["kinds"]["mmio"] == {"write": 6}
+    assert found["metadata"]["architecture"] == "aarch64"
+    assert found["read"]["bad_lines"] == []
+
+
+def test_standard_input_is_read() -> None:
+    command = [sys.executable, "-m", "prefault", "record", "--from", "-"]
+    with (DATA / "walk.tracefs").open("rb") as file:
+        subprocess.run(command, stdin=file, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    assert recording.read(Path("faults.parquet")).metadata.source == "standard input"
+
+
+def test_bad_lines_and_losses_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DATA / "walk.tracefs").read_text() + "garbage\nCPU:1 [LOST 12 EVENTS]\n"
+    Path("trace").write_text(text)
+    assert main(["record", "--from", "trace"]) == 0
+    told = capsys.readouterr().err
+    assert "12 events were LOST" in told
+    assert f"line {len(text.splitlines()) - 1}: garbage" in told
+
+
+def test_what_is_there_is_not_overwritten_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("faults.parquet").write_text("precious")
+    arguments = ["record", "--from", str(DATA / "walk.tracefs")]
+    assert main(arguments) == ExitCode.USAGE
+    assert "--force" in capsys.readouterr().err
+    assert Path("faults.parquet").read_text() == "precious"
+    assert main([*arguments, "--force"]) == 0
+
+
+def test_a_file_that_is_no_trace_leaves_nothing_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x").write_text("hello\n")
+    assert main(["record", "--from", "x"]) == ExitCode.USAGE
+    assert "hello" in capsys.readouterr().err
+    assert left() == ["x"]
+
+
+@pytest.mark.parametrize(
+    "option", [["--pid", "1"], ["--seconds", "1"], ["--no-durations"], ["--buffer", "1M"]]
+)
+def test_options_of_live_recording_are_refused_with_a_file(option: list[str]) -> None:
+    assert main(["record", "--from", str(DATA / "walk.tracefs"), *option]) == ExitCode.USAGE
+
+
+def test_a_process_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["record", "--pid", str(2**22 + 1)]) == ExitCode.USAGE
+    assert "no such process" in capsys.readouterr().err
+    assert left() == []
+
+
+def test_a_process_without_a_vm_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["record", "--pid", str(os.getpid())]) == ExitCode.USAGE
+    assert "has no VM" in capsys.readouterr().err
+
+
+def test_a_machine_without_tracefs_is_told_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracefs, "TRACEFS", tmp_path / "nowhere")
+    assert main(["record", "--seconds", "1"]) == ExitCode.MISSING
+    assert "root, a mounted tracefs" in capsys.readouterr().err
+    assert left() == []

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recordings of files that people have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prefault.errors import UsageError
+from prefault.faults import recording
+from prefault.faults.convert import convert
+from tests.faults.traces import Line, old_page_fault, page_fault, render
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize(
+    ("begin", "remedy"),
+    [
+        (b"", "is empty"),
+        (b"\x17\x08Dtracing", "trace-cmd report -i"),
+        (b"PERFILE2....", "perf script -i"),
+        (b"PAR1....", "a recording already"),
+        (b"\x1f\x8b\x08", "zcat"),
+        (b"hello\nworld\n", "its first line is 'hello'"),
+        (b"# tracer: nop\n", "no line of 1 is one of a trace"),
+        (b"  a-7 [001] 1.123456: sched_switch: x\n", "1 events, but none is a stage-2 fault"),
+        (b"prefault-capture 1\n", "cut off before it began"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_with_what_to_do(
+    tmp_path: Path, begin: bytes, remedy: str
+) -> None:
+    (tmp_path / "x").write_bytes(begin)
+    with pytest.raises(UsageError, match=remedy):
+        convert(tmp_path / "x")
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        convert(tmp_path / "x")
+
+
+def lines(*payloads: tuple[str, str]) -> str:
+    return "".join(render(Line(9, 7, 7, "CPU 3/KVM", 0, *one), "perf") + "\n" for one in payloads)
+
+
+def test_faults_of_two_architectures_are_two_recordings(tmp_path: Path) -> None:
+    arm64 = ("kvm_guest_fault", "ipa 0x1000, hsr 0x92000007, hxfar 0x1000, pc 0x1000")
+    (tmp_path / "x").write_text(lines(arm64, ("kvm_page_fault", page_fault(0, 0, 0x1000, 0x182))))
+    with pytest.raises(UsageError, match="of arm64 and of x86"):
+        convert(tmp_path / "x")
+
+
+def test_x86_faults_have_the_vcpu_that_the_event_names_or_else_the_thread(tmp_path: Path) -> None:
+    events = (page_fault(5, 0, 0x1000, 0x182), old_page_fault(0x2000, 0x181))
+    (tmp_path / "x").write_text(lines(*(("kvm_page_fault", one) for one in events)))
+    found = convert(tmp_path / "x").recording
+    assert found.metadata.architecture == "x86_64"
+    assert found.faults.vcpu.tolist() == [5, 3]
+
+
+@pytest.mark.parametrize(
+    ("comm", "vcpu"),
+    [
+        ("CPU 12/KVM", 12),
+        ("fc_vcpu 0", 0),
+        ("vcpu7", 7),
+        ("crosvm_vcpu3", 3),
+        ("kvm-vcpu-1", 1),
+        ("python3", -1),
+        ("<...>", -1),
+    ],
+)
+def test_threads_of_common_vmms_are_known_by_name(tmp_path: Path, comm: str, vcpu: int) -> None:
+    line = Line(9, 7, 7, comm, 0, "kvm_guest_fault", "ipa 0x1000, hsr 0x92000007, hxfar 0x1000, pc 0x1000")
+    (tmp_path / "x").write_text(render(line, "tracefs") + "\n")
+    found = convert(tmp_path / "x").recording
+    assert found.faults.vcpu.tolist() == [vcpu]
+    assert found.vcpu_labels().tolist() == [vcpu if vcpu >= 0 else -7]
+
+
+def test_a_capture_becomes_a_recording_that_says_where_it_is_from() -> None:
+    found = convert(DATA / "walk.capture").recording
+    about = found.metadata
+    assert (about.architecture, about.page_size, about.format, about.clock) == (
+        "aarch64",
+        4096,
+        "capture",
+        "mono",
+    )
+    assert about.source.startswith("live, process ")
+    assert about.recorded
+    assert set(found.faults.pid.tolist()) == {int(about.source.split()[-1])}
+
+
+@pytest.mark.parametrize("name", ["walk.tracefs", "walk.trace-cmd", "walk.capture"])
+def test_real_traces_survive_parquet(tmp_path: Path, name: str) -> None:
+    one = convert(DATA / name).recording
+    recording.write(one, tmp_path / "x.parquet")
+    found = recording.read(tmp_path / "x.parquet")
+    assert np.array_equal(found.faults.ipa, one.faults.ipa)
+    assert np.all(np.diff(found.faults.time_ns) >= 0)
