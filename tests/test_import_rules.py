@@ -12,13 +12,17 @@ import pytest
 import prefault
 
 ROOT = Path(prefault.__file__).parent
-INSIDE_THE_LAB = ("abi", "kvm", "guest", "scenarios", "soak", "machine", "errors")
+INSIDE_THE_LAB = (
+    *("abi", "kvm", "guest", "scenarios", "soak", "machine", "errors"),
+    *("faults/__init__", "faults/capture", "faults/captured", "faults/plan"),
+)
 FORBIDDEN = {
     "abi": {"*"},
     "spec": {"kvm", "lab"},
     "guest": {"kvm", "lab", "spec", "cli", "report"},
     "kvm": {"lab", "spec", "cli", "report", "scenarios"},
     "conform": {"cli"},
+    "faults": {"lab", "spec", "cli", "scenarios", "conform"},
     "machine": {"kvm", "lab", "spec", "cli", "report", "scenarios"},
 }
 """Part of the project → parts that it must not import."""

@@ -25,6 +25,7 @@ from prefault.cli.interrupt import INTERRUPTED
 from prefault.cli.lab import lab
 from prefault.cli.map import map_
 from prefault.cli.mutants import mutants
+from prefault.cli.plan import plan
 from prefault.cli.probe import probe
 from prefault.cli.record import record
 from prefault.cli.run import run
@@ -60,6 +61,7 @@ def root() -> None:
     prefault run               a guest walks its memory, without and with pre-faulting
     prefault map               the stage-2 tables of a VM, drawn
     prefault record            the stage-2 faults of a live VM, or of a trace
+    prefault plan              what to pre-fault of what was recorded, and whether it pays
     prefault conform           the same scenarios on the specification and on a real kernel
     prefault explore           races on the specification, in every order
     prefault lab build         build the kernel of the lab: arm64 KVM on any Linux machine
@@ -70,6 +72,7 @@ root.add_command(probe)
 root.add_command(run)
 root.add_command(map_)
 root.add_command(record)
+root.add_command(plan)
 root.add_command(conform)
 root.add_command(explore)
 root.add_command(lab)

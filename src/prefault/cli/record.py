@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import click
 
 from prefault.cli import output
+from prefault.cli.files import check_target
 from prefault.cli.interrupt import INTERRUPTED
 from prefault.cli.values import Size, parse_size
 from prefault.errors import UsageError
@@ -97,12 +98,7 @@ def record(**options: Unpack[_Options]) -> None:
     that reads Parquet.
     """
     target = options["output"]
-    if target.exists() and not options["force"]:
-        raise UsageError(
-            f"{target} is there already: name another file with --output, or replace it with --force"
-        )
-    if not target.parent.is_dir():
-        raise UsageError(f"{target}: there is no folder {target.parent}")
+    check_target(target, "--output", force=options["force"])
     if options["source"] is not None:
         _refuse_live_options()
         _convert(options["source"], options, Captured("file", 0, 0, 0))

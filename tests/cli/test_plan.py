@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``prefault plan``: recordings in, numbers and a plan out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prefault.cli.main import main
+from prefault.errors import ExitCode
+from prefault.faults import plan as plans
+from prefault.faults import recording
+from prefault.faults.syndrome import Access
+from tests.faults.recordings import Fault, recording_of
+
+
+@pytest.fixture(autouse=True)
+def boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording of a guest that reads 1,000 pages, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    faults = [Fault(0x40000 + 2 * page, 20_000 * page, 5000) for page in range(1000)]
+    recording.write(recording_of(faults), Path("boot.parquet"))
+
+
+def test_numbers_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "boot.parquet", "--granule", "4K"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("In 20 ms, your guest took 1,000 stage-2 faults")
+    assert "saves 1,000 of these faults: 5 ms" in shown
+    assert "It pays:" in shown
+
+
+def test_a_plan_is_written_and_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "boot.parquet", "-o", "plan.json", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    written = json.loads(Path("plan.json").read_text())
+    assert printed["plan"] == written
+    assert plans.load(Path("plan.json")).ranges[0].ipa == 0x4000_0000
+
+
+def test_that_it_does_not_pay_is_said_plainly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "boot.parquet", "--prefault-cost", "9000"]) == 0
+    assert "It does NOT pay" in capsys.readouterr().out
+
+
+def test_what_is_there_is_not_overwritten_unless_asked() -> None:
+    Path("plan.json").write_text("precious")
+    assert main(["plan", "boot.parquet", "-o", "plan.json"]) == ExitCode.USAGE
+    assert Path("plan.json").read_text() == "precious"
+    assert main(["plan", "boot.parquet", "-o", "plan.json", "--force"]) == 0
+
+
+def test_memslots_leave_devices_out(capsys: pytest.CaptureFixture[str]) -> None:
+    slot = ["--memslot", "0x40000000:1M"]
+    assert main(["plan", "boot.parquet", "--granule", "4K", "--json", *slot]) == 0
+    ranges = json.loads(capsys.readouterr().out)["plan"]["ranges"]
+    assert len(ranges) == 128
+    assert all(0x4000_0000 <= one["ipa"] < 0x4010_0000 for one in ranges)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memslot", "x:1M"], "not IPA:SIZE"),
+        (["--memslot", "0x40000001:1M"], "whole pages"),
+        (["--memslot", "0:1M", "--memslot", "0x1000:1M"], "overlap"),
+        (["--granule", "6K"], "no multiple"),
+        (["--over", "some"], "none of union"),
+        (["--memory", "tape/write"], "there are figures for"),
+        (["-o", "nowhere/plan.json"], "no folder"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "boot.parquet", *words]) == ExitCode.USAGE
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_recording_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("trace.txt").write_text("hello")
+    assert main(["plan", "trace.txt"]) == ExitCode.USAGE
+    assert "prefault record --from trace.txt" in capsys.readouterr().err
+
+
+def test_populating_is_advised_where_writes_would_fault_again(capsys: pytest.CaptureFixture[str]) -> None:
+    faults = [Fault(page, 20_000 * page, 5000, access=Access.WRITE) for page in range(1000)]
+    recording.write(recording_of(faults), Path("w.parquet"))
+    assert main(["plan", "w.parquet", "--memory", "private/nothing"]) == 0
+    shown = capsys.readouterr().out
+    assert "It does NOT pay" in shown
+    assert "MADV_POPULATE_WRITE" in shown
