@@ -54,6 +54,17 @@ class Resident(enum.Enum):
     """Populated for writing: a page of its own behind every page."""
 
 
+class Frames(enum.Enum):
+    """Which frames neighbouring pages have. A back end without frames need not care."""
+
+    ANY = "any"
+    """Those that the host hands out."""
+    SCATTERED = "scattered"
+    """Far from each other, as on a host that has been in use for long."""
+    CONTIGUOUS = "contiguous"
+    """Neighbours, as far as a table of them reaches, and yet pages of their own. Anonymous memory only."""
+
+
 class Advice(enum.Enum):
     """What ``Vm.advise`` asks of the host about the memory behind a range (madvise(2))."""
 
@@ -117,6 +128,8 @@ class MemoryRegion:
     """Huge page size for HUGETLB; 0 is the host's default."""
     hva_offset: int = 0
     """Bytes by which the HVA is shifted against block alignment, to make misaligned slots."""
+    frames: Frames = Frames.ANY
+    """Where the pages lie that the host populates for writing, or writes a file of."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefault.errors import CapabilityMissing, UsageError
-from prefault.kvm import hugepages, memory
-from prefault.machine import FILE_CONTENTS, Backing, MemoryRegion, Resident
+from prefault.kvm import host, hugepages, memory
+from prefault.machine import FILE_CONTENTS, Backing, Frames, MemoryRegion, Resident
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
@@ -174,3 +175,30 @@ def test_a_huge_page_size_that_is_not_there_is_told_with_those_that_are(
     fake_pool(tmp_path, monkeypatch, 0, 0)
     with pytest.raises(UsageError, match="there are: 0x200000"):
         hugepages.Reservation(3 * MIB, 1)
+
+
+def neighbours(region: MemoryRegion) -> float:
+    """Share of neighbouring pages that have neighbouring frames; the memory is right besides."""
+    made = memory.create(region, PAGE)
+    try:
+        frames = host.frames(made.hva, region.size, PAGE)
+        wanted = FILE_CONTENTS if region.backing is Backing.FILE_PRIVATE else bytes(256)
+        assert made.read(0, region.size) == wanted * (region.size // 256)
+    except CapabilityMissing as error:
+        pytest.skip(str(error))
+    finally:
+        made.close()
+    assert all(frames)
+    pairs = itertools.pairwise(frames)
+    return sum(other == one + 1 for one, other in pairs) / (len(frames) - 1)
+
+
+@pytest.mark.parametrize("backing", PLAIN)
+def test_scattered_memory_has_hardly_a_neighbour(backing: Backing) -> None:
+    region = MemoryRegion(0, 0, 8 * MIB, backing, Resident.WRITE, frames=Frames.SCATTERED)
+    assert neighbours(region) < 0.02
+
+
+def test_the_pages_of_a_scattered_file_are_scattered() -> None:
+    region = MemoryRegion(0, 0, 8 * MIB, Backing.FILE_PRIVATE, Resident.READ, frames=Frames.SCATTERED)
+    assert neighbours(region) < 0.02

@@ -27,6 +27,7 @@ _KSM_SETTINGS = {"pages_to_scan": "100000", "sleep_millisecs": "1", "run": "1"}
 _KSM_PATIENCE = 10.0
 _IDLE = Path("/sys/kernel/mm/page_idle/bitmap")
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+_SPLIT = Path("/sys/kernel/debug/split_huge_pages")
 _PAGEMAP = Path("/proc/self/pagemap")
 _PRESENT = 1 << 63
 _PFN = (1 << 55) - 1
@@ -138,6 +139,27 @@ def frames(hva: int, size: int, page_size: int) -> list[int]:
     if not any(found) and any(entry & _PRESENT for entry in entries):
         raise CapabilityMissing(f"{_PAGEMAP} shows frames to root only")
     return found
+
+
+def make_contiguous(hva: int, size: int) -> None:
+    """Give neighbouring pages neighbouring frames: make THPs of them, and split these into pages again.
+
+    Their contents are lost: they hold zeroes afterwards.
+
+    :raises CapabilityMissing: there are no THPs, or they cannot be split
+    """
+    mapping.advise(hva, size, mapping.MADV_HUGEPAGE, "MADV_HUGEPAGE")
+    mapping.advise(hva, size, mapping.MADV_COLLAPSE, "MADV_COLLAPSE")
+    mapping.advise(hva, size, mapping.MADV_NOHUGEPAGE, "MADV_NOHUGEPAGE")
+    # Who splits a THP puts the zero page in the place of pages that hold zeroes.
+    ctypes.memset(hva, 1, size)
+    try:
+        _SPLIT.write_text(f"{os.getpid()},{hva:#x},{hva + size:#x}")
+    except OSError as error:
+        raise CapabilityMissing(
+            f"{_SPLIT} cannot be written: {error}; it takes CONFIG_DEBUG_FS, debugfs mounted, and root"
+        ) from error
+    ctypes.memset(hva, 0, size)
 
 
 def age(hva: int, size: int, page_size: int) -> None:

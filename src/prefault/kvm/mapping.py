@@ -67,9 +67,12 @@ def reserve(size: int, alignment: int) -> tuple[int, int]:
     return whole, -(-whole // alignment) * alignment
 
 
-def map_at(hva: int, size: int, *, shared: bool, fd: int = -1, offset: int = 0) -> None:
+def map_at(
+    hva: int, size: int, *, shared: bool, fd: int = -1, offset: int = 0, populate: bool = False
+) -> None:
     """Map anonymous memory, or the file ``fd`` from ``offset``, at an address that ``reserve`` gave."""
     flags = _MAP_FIXED | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+    flags |= mmap.MAP_POPULATE if populate else 0
     flags |= mmap.MAP_ANONYMOUS if fd < 0 else 0
     _map(hva, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
 

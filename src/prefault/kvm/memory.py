@@ -11,13 +11,14 @@ import contextlib
 import ctypes
 import mmap
 import os
+import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from prefault.errors import CapabilityMissing, UsageError
 from prefault.kvm import devmem, host, hugepages, mapping
-from prefault.machine import FILE_CONTENTS, Access, Advice, Backing, MemoryRegion, Resident
+from prefault.machine import FILE_CONTENTS, Access, Advice, Backing, Frames, MemoryRegion, Resident
 
 _MFD_HUGETLB = 4
 _MFD_HUGE_SHIFT = 26
@@ -52,6 +53,11 @@ class Memory:
     """What of the address space is ours to unmap: (start, end)."""
     _fds: list[int] = field(default_factory=list)
     _reservation: hugepages.Reservation | None = None
+
+    @property
+    def fd(self) -> int:
+        """The file behind, -1 for anonymous memory."""
+        return self._fds[-1] if self._fds else -1
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes as the host sees them."""
@@ -139,7 +145,7 @@ def create(region: MemoryRegion, page_size: int, guest_memfd: int = -1) -> Memor
         _check(region, page_size)
         _map(memory, region, page_size)
         if region.backing is not Backing.DEVICE:  # all there from the beginning
-            _populate(memory, region.resident)
+            _populate(memory, region, page_size)
     except BaseException:
         memory.close()
         raise
@@ -207,17 +213,33 @@ def _file(memory: Memory, region: MemoryRegion, length: int, huge: int) -> int:
     memory._fds.append(fd)
     os.ftruncate(fd, length)
     if region.backing is Backing.FILE_PRIVATE:
-        chunk = FILE_CONTENTS * (_CHUNK // len(FILE_CONTENTS))
-        for offset in range(0, length, _CHUNK):
+        scattered = region.frames is Frames.SCATTERED
+        step = os.sysconf("SC_PAGE_SIZE") if scattered else _CHUNK
+        chunk = FILE_CONTENTS * (step // len(FILE_CONTENTS))
+        for offset in _offsets(length, step, scattered=scattered):
             os.pwrite(fd, chunk[: length - offset], offset)
     return fd
 
 
-def _populate(memory: Memory, resident: Resident) -> None:
-    if resident is Resident.READ:
+def _offsets(size: int, step: int, *, scattered: bool) -> Sequence[int]:
+    """Where each step begins, in the order in which to go there."""
+    offsets = range(0, size, step)
+    # Pages are handed out in order of their frames, so who asks in no order gets them in none.
+    return random.Random(size).sample(offsets, len(offsets)) if scattered else offsets
+
+
+def _populate(memory: Memory, region: MemoryRegion, page_size: int) -> None:
+    if region.resident is Resident.READ:
         mapping.advise(memory.hva, memory.size, mapping.MADV_POPULATE_READ, "MADV_POPULATE_READ")
-    elif resident is Resident.WRITE:
-        mapping.advise(memory.hva, memory.size, mapping.MADV_POPULATE_WRITE, "MADV_POPULATE_WRITE")
+    if region.resident is not Resident.WRITE:
+        return
+    if region.frames is Frames.SCATTERED:
+        cells = (ctypes.c_ubyte * memory.size).from_address(memory.hva)
+        for offset in _offsets(memory.size, _huge_page_size(region, page_size), scattered=True):
+            cells[offset] = cells[offset]
+    mapping.advise(memory.hva, memory.size, mapping.MADV_POPULATE_WRITE, "MADV_POPULATE_WRITE")
+    if region.frames is Frames.CONTIGUOUS:
+        host.make_contiguous(memory.hva, memory.size)
 
 
 def close_all(memories: list[Memory]) -> None:

@@ -83,6 +83,10 @@ class Vcpu(Descriptor):
         self._run.immediate_exit = 0
         return decode(self._run, error if result < 0 else 0)
 
+    def last_exit(self) -> Exit:
+        """What the last KVM_RUN that did not fail has left, for who called the ioctl without ``run``."""
+        return decode(self._run, 0)
+
     def complete_mmio(self, value: int) -> None:
         """Give the pending MMIO read its value; the next ``run`` delivers it to the guest."""
         mmio = self._run.mmio

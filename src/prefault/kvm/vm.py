@@ -218,6 +218,10 @@ class Vm(Descriptor):
         slot = self._slot_of(gpa, 1)
         return slot.memory.hva + gpa - slot.region.gpa
 
+    def file_of(self, gpa: int) -> int:
+        """The file behind a byte of guest memory, -1 for anonymous memory."""
+        return self._slot_of(gpa, 1).memory.fd
+
     def fork(self) -> host.Child:
         """fork(2) of the VMM: it shares its private memory with the child, copied on write."""
         return host.Child(self.hva_of)
