@@ -13,7 +13,7 @@ import prefault
 
 ROOT = Path(prefault.__file__).parent
 INSIDE_THE_LAB = (
-    *("abi", "kvm", "guest", "scenarios", "soak", "machine", "errors"),
+    *("abi", "kvm", "guest", "scenarios", "soak", "bench", "machine", "errors"),
     *("faults/__init__", "faults/capture", "faults/captured", "faults/plan"),
 )
 FORBIDDEN = {

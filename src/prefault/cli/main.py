@@ -18,6 +18,7 @@ import click
 
 from prefault import __version__
 from prefault.cli import output
+from prefault.cli.bench import bench
 from prefault.cli.bisectable import bisectable
 from prefault.cli.conform import conform
 from prefault.cli.explore import explore
@@ -64,6 +65,7 @@ def root() -> None:
     prefault plan              what to pre-fault of what was recorded, and whether it pays
     prefault conform           the same scenarios on the specification and on a real kernel
     prefault explore           races on the specification, in every order
+    prefault bench             what pre-faulting costs, and what it spares, in instructions
     prefault lab build         build the kernel of the lab: arm64 KVM on any Linux machine
     """
 
@@ -75,6 +77,7 @@ root.add_command(record)
 root.add_command(plan)
 root.add_command(conform)
 root.add_command(explore)
+root.add_command(bench)
 root.add_command(lab)
 lab.add_command(soak)
 lab.add_command(mutants)

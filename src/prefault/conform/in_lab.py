@@ -17,14 +17,12 @@ from prefault.errors import JobTimeout, LabError, LabLost
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, JobSplat, run_job
 from prefault.lab.machine import MachineOptions
+from prefault.lab.quiet import quietly
 
 MAX_BOOTS = 5
 LIMIT_SECONDS = 60.0
 """What one scenario may take; the slowest takes 3 s."""
 _PROGRAMS = "/programs.json"
-_KHUGEPAGED = "/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs"
-_KCOMPACTD = "/proc/sys/vm/compaction_proactiveness"
-_NEVER = (1 << 32) - 1
 _STARTING_SECONDS = 30
 HUGE_PAGES = ("hugepages=4", "hugepagesz=32M", "hugepages=1", "hugepagesz=1G", "hugepages=1")
 """Kernel arguments that set pages of every size aside, as only a booting kernel can."""
@@ -114,16 +112,13 @@ def _boot(
     suite: Suite, options: MachineOptions, kernel: Path | None, limit: float, found: LabPlays, lines: _Lines
 ) -> None:
     """One boot; whatever happens, at least one more scenario has been played after it."""
-    # Left to themselves, khugepaged makes THPs and kcompactd moves pages whenever they come by: no
-    # specification can know when, and with an L2 each page costs half a second.
-    rest = f"echo {_NEVER} >{_KHUGEPAGED}; echo 0 >{_KCOMPACTD}"
-    argv = ["sh", "-c", f'{rest}; exec "$@"', "sh"]
-    argv += ["python3", "-m", "prefault.scenarios", "--facts", "--limit", f"{limit:g}", *suite.names]
+    # No specification can know when THPs are made and pages move; with an L2, each page costs half a second.
+    argv = ["python3", "-m", "prefault.scenarios", "--facts", "--limit", f"{limit:g}", *suite.names]
     files = {_PROGRAMS: suite.programs_json()} if suite.programs else {}
     argv += ["--programs", _PROGRAMS] if suite.programs else []
     count, order = len(found.plays), suite.order()
     # The limit inside is what ends a scenario; this is for when that is not enough.
-    job = Job(tuple(argv), files, timeout=_STARTING_SECONDS + limit * (len(order) + 1))
+    job = Job(quietly(argv), files, timeout=_STARTING_SECONDS + limit * (len(order) + 1))
     try:
         result = run_job(job, options, kernel=kernel, on_output=lines)
     except JobSplat as splat:

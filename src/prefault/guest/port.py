@@ -65,6 +65,15 @@ def proceed(vcpu: Vcpu) -> Exit:
         details[register] = exit_.data
 
 
+def event_of(exit_: Exit) -> Exit:
+    """What one exit means by itself, for who runs a vCPU without ``proceed``."""
+    if not isinstance(exit_, MmioExit) or not exit_.is_write:
+        return exit_
+    register = exit_.gpa - PORT
+    inside = 0 <= register < PORT_SIZE and register not in _DETAILS
+    return _event(register, exit_, {}) if inside else exit_
+
+
 def events(vcpu: Vcpu) -> Iterator[Exit]:
     """Every event of a vCPU up to and with Done, or up to the first exit that is no event."""
     while True:

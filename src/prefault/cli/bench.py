@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``prefault bench``: what pre-faulting costs, and what it spares, in instructions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Unpack
+
+import click
+from rich.table import Table
+
+from prefault.bench.cases import SIZE, Case, Context, choose
+from prefault.bench.measure import Measured
+from prefault.cli import output
+from prefault.cli.interrupt import results_kept
+from prefault.cli.kernels import KernelOptions, image_of, kernel_options, variant_of
+from prefault.cli.progress import drawn
+from prefault.cli.values import KernelImage, Size
+from prefault.cli.walks import print_command
+from prefault.errors import ExitCode, LabError, UsageError
+from prefault.lab import bench as in_lab
+from prefault.lab import build, compare
+from prefault.lab.bench import Boot, Settings
+from prefault.lab.machine import MODES
+from prefault.lab.progress import Progress
+from prefault.report import bench as report
+from prefault.report.bench import Row
+from prefault.report.units import format_size, plural
+
+EPILOG = """\b
+Examples:
+  prefault bench                                    the usual cases, on this kernel and page at a time
+  prefault bench 'private/*' guest-memfd/resident   some of them
+  prefault bench --size 32M --size 4G private/resident
+  prefault bench --kernel arch/arm64/boot/Image     judge another kernel
+  prefault bench --all --plot cost.svg              everything, and a picture
+  prefault bench --list                             what there is
+
+\b
+Exit codes: 0 measured, 1 with --check: something is dearer than it may be; or the kernel log has a splat,
+2 usage, 3 operating error, 77 no lab, 124 timed out, 125 the lab was lost, 130 interrupted."""
+
+PLOTS = (".svg", ".png", ".pdf")
+
+
+class _Options(KernelOptions):
+    names: tuple[str, ...]
+    list_only: bool
+    everything: bool
+    size: tuple[int, ...]
+    mode: tuple[str, ...]
+    compare: bool
+    page_at_a_time: Path | None
+    repeat: int
+    memory: int | None
+    timeout: float
+    plot: Path | None
+    check: bool
+    dry_run: bool
+
+
+@click.command(epilog=EPILOG)
+@click.option("--list", "list_only", is_flag=True, help="Print the cases, and measure nothing.")
+@click.option(
+    "--all", "everything", is_flag=True, help="All cases, and larger sizes of the first: half an hour."
+)
+@click.option(
+    "--size", type=Size(), multiple=True, help="Memory that is pre-faulted, in place of 32M; repeatable."
+)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    multiple=True,
+    help="Measure in this mode of KVM; repeatable. Without it: all cases in nested, some in protected.",
+)
+@click.option(
+    "--compare/--no-compare",
+    default=True,
+    show_default=True,
+    help="Measure the page-at-a-time version of the ioctl, too; it is built once.",
+)
+@click.option(
+    "--page-at-a-time",
+    type=KernelImage(),
+    help="The Image of that version, in place of the one that is built from the series.",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="How often each figure is taken; shown is the median. Of many leaves: once.",
+)
+@click.option("--memory", type=Size(), help="Memory of the lab's machine; what the cases need, if not given.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3600,
+    show_default=True,
+    help="Seconds for each boot of the lab.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help=f"Draw the costs into this file as well: {', '.join(PLOTS)}.",
+)
+@click.option("--check", is_flag=True, help="Exit status 1 if something costs more than it may.")
+@kernel_options
+@click.option("--dry-run", is_flag=True, help="Print QEMU's command lines and do nothing.")
+@output.json_option
+@click.argument("names", nargs=-1)
+def bench(**options: Unpack[_Options]) -> None:
+    """Measure in the lab what pre-faulting costs, and what it spares, in instructions.
+
+    Each case is memory in some state, and a guest that walks it. Measured are the guest's demand faults,
+    pre-faulting, the same again, and the guest's walk afterwards; beside them madvise(MADV_POPULATE_READ),
+    MADV_POPULATE_WRITE and MAP_POPULATE of the same memory, and the page-at-a-time version of the same
+    ioctl. All of it is counted on a machine whose clock counts instructions, so that two runs give the
+    same figures. NAMES are patterns as in the shell.
+    """
+    _check_usage(options)
+    chosen = choose(options["names"], everything=options["everything"], sizes=options["size"])
+    if options["list_only"]:
+        _list(chosen)
+        return
+    boots = tuple(_plan(chosen, options))
+    settings = Settings(
+        repeat=options["repeat"],
+        timeout=options["timeout"],
+        memory_mib=(options["memory"] or 0) >> 20,
+        append=variant_of(options).arguments,
+    )
+    if options["dry_run"]:
+        for boot in boots:
+            print_command(in_lab.command(boot, settings))
+        return
+    results = _Results(boots)
+    started = time.monotonic()
+    with results_kept(lambda: results.rows()) as interruption, drawn() as progress:
+        results.measure(settings, options, progress)
+    _print(results, options, time.monotonic() - started)
+    missed = options["check"] and report.failures(results.rows())
+    status = ExitCode.DOES_NOT_HOLD if missed else ExitCode.DONE
+    if results.problem:
+        status = results.problem.exit_code
+    click.get_current_context().exit(interruption.status(status))
+
+
+def _check_usage(options: _Options) -> None:
+    """What can be said before anything is done.
+
+    :raises UsageError: options contradict each other
+    """
+    plot = options["plot"]
+    if plot and plot.suffix not in PLOTS:
+        raise UsageError(f"--plot {plot}: the name must end in one of {', '.join(PLOTS)}")
+    if options["page_at_a_time"] and not options["compare"]:
+        raise UsageError("--page-at-a-time names what --no-compare leaves out: give one of them")
+    if options["variant"] == "6.12" and options["compare"] and not options["page_at_a_time"]:
+        raise UsageError("the page-at-a-time version is built of the series for 7.3 only: add --no-compare")
+
+
+def _list(chosen: tuple[Case, ...]) -> None:
+    if output.wants_json():
+        output.emit("bench", {"cases": [case.to_json() for case in chosen]})
+        return
+    table = Table("case", "memory", "must reach", "modes", box=None)
+    for case in chosen:
+        bar = "" if case.bar is None else f"{case.bar:,}"
+        size = "" if case.size == SIZE else format_size(case.size)
+        table.add_row(case.name, size, bar, ", ".join(case.modes))
+    output.stdout().print(table)
+
+
+def _plan(chosen: tuple[Case, ...], options: _Options) -> Iterator[Boot]:
+    """What is booted for this kernel.
+
+    :raises UsageError: nothing is left to be measured
+    """
+    kernel = image_of(options)
+    modes = options["mode"] or tuple(dict.fromkeys(mode for case in chosen for mode in case.modes))
+    for mode in modes:
+        cases = tuple(
+            case
+            for case in chosen
+            if (options["mode"] or mode in case.modes)
+            and (mode == "nested" or case.context is Context.ORDINARY)
+        )
+        if cases:
+            yield Boot(mode, cases, kernel)
+        elif options["mode"]:
+            raise UsageError(f"nothing to measure in mode {mode}: nested guests need --mode nested")
+
+
+class _Results:
+    """What was measured so far."""
+
+    def __init__(self, boots: tuple[Boot, ...]) -> None:
+        self.boots = boots
+        self.problem: LabError | None = None
+        self._found: dict[tuple[str, bool], list[Measured]] = {}
+        self.folders: list[Path] = []
+
+    def measure(self, settings: Settings, options: _Options, progress: Progress) -> None:
+        """Measure it all; a lost machine ends it, if there is something to show."""
+        boots = list(self.boots)
+        if options["compare"]:
+            old = options["page_at_a_time"] or compare.page_at_a_time(options["variant"], progress)
+            boots += [Boot(boot.mode, boot.cases, old, ioctl_only=True) for boot in self.boots]
+        for boot in boots:
+            try:
+                self._boot(boot, settings, progress)
+            except LabError as error:
+                if not self.rows():
+                    raise
+                self.problem = error
+                return
+
+    def _boot(self, boot: Boot, settings: Settings, progress: Progress) -> None:
+        which = "page at a time" if boot.ioctl_only else "this kernel"
+        progress.stage(f"{report.MODES[boot.mode]}, {which}", len(boot.cases))
+        found = self._found.setdefault((boot.mode, boot.ioctl_only), [])
+
+        def tell(one: Measured) -> None:
+            found.append(one)
+            progress.step(one.case)
+
+        self.folders.append(in_lab.measure(boot, settings, tell))
+
+    def rows(self) -> list[Row]:
+        """What is there, in the order of the cases."""
+        return [
+            Row(boot.mode, case, one, self._before(boot.mode, index))
+            for boot in self.boots
+            for index, (case, one) in enumerate(
+                zip(boot.cases, self._found.get((boot.mode, False), []), strict=False)
+            )
+        ]
+
+    def _before(self, mode: str, index: int) -> Measured | None:
+        found = self._found.get((mode, True), [])
+        return found[index] if index < len(found) else None
+
+
+def _print(results: _Results, options: _Options, seconds: float) -> None:
+    rows = results.rows()
+    missed = report.failures(rows)
+    if options["plot"]:
+        report.plot(rows, options["plot"])
+    if output.wants_json():
+        output.emit(
+            "bench",
+            {
+                "unit": "instructions per leaf",
+                "kernel": image_of(options) or build.kernel_image(),
+                "rows": [row.to_json() for row in rows],
+                "does_not_hold": missed,
+                "problem": str(results.problem or ""),
+                "seconds": round(seconds, 1),
+                "run_dirs": results.folders,
+            },
+        )
+        return
+    console = output.stdout()
+    console = output.stdout(max(console.width, report.WIDTH))
+    console.print(report.table(rows))
+    for line in (*report.remarks(rows), *(f"does not hold: {line}" for line in missed)):
+        console.print(line, markup=False, soft_wrap=True)
+    if results.problem:
+        console.print(f"not all was measured: {results.problem}", markup=False, soft_wrap=True)
+    held = sum(row.bar is not None and not any(row.failures()) for row in rows)
+    bars = sum(row.bar is not None for row in rows)
+    console.print(
+        f"{plural(len(rows), 'case')}, {held} of {bars} within what must be reached, {seconds:.0f} s"
+    )
+    if options["plot"]:
+        console.print(f"drawn: {options['plot']}", markup=False, soft_wrap=True)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring cases in the lab: one boot for each kernel and mode, results as they come.
+
+Failure modes: a case that cannot be measured says why and costs nothing else; a machine that is lost, or
+runs over its time, ends the measuring, and what was measured before has been handed out by then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefault.bench.cases import MIB, Case
+from prefault.bench.measure import Measured
+from prefault.errors import LabError
+from prefault.lab.frames import Kind
+from prefault.lab.job import Job, command_line, run_job
+from prefault.lab.machine import MachineOptions
+from prefault.lab.quiet import quietly
+from prefault.machine import Backing
+
+_FILE = "/cases.json"
+_SYSTEM_MIB = 1024
+"""What the kernel and Python need, and stage-2 tables, and pages that lie on lists for later."""
+_USUAL_MIB = 3072
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What is measured in one go.
+
+    :ivar kernel: the Image; None is the lab's own
+    :ivar ioctl_only: measure only what tells two versions of the ioctl apart
+    """
+
+    mode: str
+    cases: tuple[Case, ...]
+    kernel: Path | None = None
+    ioctl_only: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all boots.
+
+    :ivar repeat: how often each figure is taken
+    :ivar timeout: seconds for each boot
+    :ivar memory_mib: of the machine; 0 is what the cases need
+    :ivar append: more arguments for the kernel
+    """
+
+    repeat: int = 3
+    timeout: float = 3600
+    memory_mib: int = 0
+    append: tuple[str, ...] = ()
+
+
+def memory_mib(cases: Sequence[Case]) -> int:
+    """What the machine needs for the largest case, huge pages that are set aside included."""
+    largest = max(case.size for case in cases) // MIB
+    aside = sum(size * count for size, count in _set_aside(cases).items()) // MIB
+    # A file's pages are there besides the private copies of them.
+    return max(_USUAL_MIB, 2 * largest if largest <= 512 else largest + largest // 4) + aside + _SYSTEM_MIB
+
+
+def _set_aside(cases: Sequence[Case]) -> dict[int, int]:
+    """Huge pages that only a booting kernel is sure to find: how many, by size."""
+    found: dict[int, int] = {}
+    for case in cases:
+        if case.backing is Backing.HUGETLB and case.page_size > 2 * MIB:
+            found[case.page_size] = max(found.get(case.page_size, 0), case.size // case.page_size)
+    return found
+
+
+def machine_of(boot: Boot, settings: Settings) -> MachineOptions:
+    """The machine for a boot."""
+    huge = [
+        word
+        for size, count in _set_aside(boot.cases).items()
+        for word in (f"hugepagesz={size // MIB}M", f"hugepages={count}")
+    ]
+    return MachineOptions(
+        memory_mib=settings.memory_mib or memory_mib(boot.cases),
+        mode=boot.mode,
+        icount=True,
+        append=(*huge, *settings.append),
+    )
+
+
+def _job(boot: Boot, settings: Settings) -> Job:
+    lines = [
+        json.dumps({"case": case.to_json(), "repeat": settings.repeat, "ioctl_only": boot.ioctl_only})
+        for case in boot.cases
+    ]
+    argv = ("python3", "-m", "prefault.bench.measure", _FILE, str(len(lines)))
+    return Job(quietly(argv), {_FILE: "\n".join(lines).encode()}, timeout=settings.timeout)
+
+
+class _Lines:
+    """Takes the lines of a job as they come."""
+
+    def __init__(self, tell: Callable[[Measured], None]) -> None:
+        self._tell = tell
+        self._rest = b""
+        self.count = 0
+
+    def __call__(self, kind: Kind, piece: bytes) -> None:
+        if kind is not Kind.STDOUT:
+            return
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            self.count += 1
+            self._tell(Measured(**json.loads(line)))
+
+
+def measure(boot: Boot, settings: Settings, tell: Callable[[Measured], None]) -> Path:
+    """Boot and measure.
+
+    :param tell: given each result as it comes, in the order of the cases
+    :returns: the folder with what the machine has written
+    :raises LabError: the machine was lost, ran over its time, or ended without all results
+    """
+    lines = _Lines(tell)
+    done = run_job(_job(boot, settings), machine_of(boot, settings), kernel=boot.kernel, on_output=lines)
+    if lines.count < len(boot.cases):
+        last = "\n".join(done.stderr.decode(errors="replace").strip().splitlines()[-8:])
+        raise LabError(
+            f"measuring ended with status {done.status} after {lines.count} of {len(boot.cases)} cases, at "
+            f"{boot.cases[lines.count].name}; see {done.run_dir}\n{last}"
+        )
+    return done.run_dir
+
+
+def command(boot: Boot, settings: Settings) -> tuple[str, ...]:
+    """QEMU's command line."""
+    return command_line(_job(boot, settings), machine_of(boot, settings), kernel=boot.kernel)

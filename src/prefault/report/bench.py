@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was measured, against what must be reached: one table, one JSON object, one plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from prefault.bench.cases import AGAIN, PKVM_SHARE, SIZE, SPREAD, Case
+from prefault.bench.measure import Measured
+from prefault.machine import Resident
+from prefault.report.units import format_size
+
+COLUMNS = {
+    "demand": "demand fault",
+    "prefault": "pre-fault",
+    "again": "again",
+    "touch": "touch after",
+    "populate_read": "MADV_POPULATE_READ",
+    "populate_write": "MADV_POPULATE_WRITE",
+    "map_populate": "MAP_POPULATE",
+}
+"""What is measured, and how it is called."""
+SAME_PATH = 0.02
+"""By how much a demand fault may differ between two kernels that have one fault path: compilers inline."""
+WIDTH = 128
+"""Columns that the table takes."""
+MODES = {"nested": "KVM", "protected": "pKVM", "nvhe": "KVM, nVHE"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case on a kernel.
+
+    :ivar before: the same on the page-at-a-time version; None if that was not measured
+    """
+
+    mode: str
+    case: Case
+    found: Measured
+    before: Measured | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name, with the size if that is not the usual one."""
+        usual = self.case.page_size > 2 << 20 or self.case.size == SIZE
+        return self.case.name if usual else f"{self.case.name} {format_size(self.case.size)}"
+
+    def cost(self, name: str) -> float | None:
+        """Instructions for each leaf; None if that was not measured."""
+        return per_leaf(self.found, name)
+
+    @property
+    def page_wise(self) -> float | None:
+        """What pre-faulting a leaf costs page at a time."""
+        return per_leaf(self.before, "prefault") if self.before else None
+
+    @property
+    def bar(self) -> float | None:
+        """What pre-faulting a leaf may cost; None if nothing was set, or it is not known."""
+        if self.mode != "protected":
+            return self.case.bar
+        if self.page_wise is None or self.case.resident is Resident.NOTHING:
+            return None  # allocation costs the same by whatever it is done
+        return self.page_wise * PKVM_SHARE
+
+    @property
+    def again_per_page(self) -> float | None:
+        """What a page costs that is mapped already."""
+        cost = self.cost("again")
+        return None if cost is None else cost * self.found.page_size / self.found.unit
+
+    def failures(self) -> Iterator[str]:
+        """What does not hold, a sentence each."""
+        cost, again, bar = self.cost("prefault"), self.again_per_page, self.bar
+        if cost is not None and bar is not None and cost > bar:
+            yield f"{self.label}: pre-faulting costs {cost:,.0f}, not {bar:,.0f} or less"
+        if again is not None and self.mode != "protected" and again > AGAIN:
+            yield f"{self.label}: a page that is mapped costs {again:,.1f}, not {AGAIN} or less"
+        if self.case.blocks and "3" in self.found.leaves:
+            yield f"{self.label}: {self.found.leaves['3']} pages were mapped where blocks fit"
+
+    def to_json(self) -> dict[str, object]:
+        """As JSON types."""
+        return {
+            "mode": self.mode,
+            "case": self.case.to_json(),
+            "unit": self.found.unit,
+            "leaves": self.found.leaves,
+            "adjacent": self.found.adjacent,
+            "cost": {name: self.cost(name) for name in COLUMNS if name in self.found.samples},
+            "page_at_a_time": {
+                name: per_leaf(self.before, name) for name in (self.before.samples if self.before else ())
+            },
+            "must_reach": self.bar,
+            "does_not_hold": list(self.failures()),
+            "skipped": self.found.skipped,
+            "samples": self.found.samples,
+        }
+
+
+def per_leaf(found: Measured | None, name: str) -> float | None:
+    """Instructions for each leaf, the median of all times; None if that was not measured."""
+    samples = found.samples.get(name) if found else None
+    if not found or not samples:
+        return None
+    # What was taken off may be more than there was, by an instruction or two.
+    return max(0.0, statistics.median(samples) / (found.size // found.unit))
+
+
+def spreads(rows: Iterable[Row]) -> Iterator[str]:
+    """What does not hold of cases that were measured over several sizes."""
+    sizes: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        cost = row.cost("prefault")
+        if cost is not None:
+            sizes.setdefault((row.mode, row.case.name), []).append(cost)
+    for (_, name), costs in sizes.items():
+        if max(costs) > min(costs) * (1 + SPREAD):
+            yield (
+                f"{name}: pre-faulting costs {min(costs):,.1f} to {max(costs):,.1f} by size, not within "
+                f"{SPREAD:.0%} of each other"
+            )
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """All that does not hold."""
+    return [*(line for row in rows for line in row.failures()), *spreads(rows)]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """All of it."""
+    made = Table(title="Instructions for each page, or block where blocks are used", box=None, padding=(0, 1))
+    made.add_column("case", no_wrap=True)
+    made.add_column("leaf", no_wrap=True)
+    headings = ("demand\nfault", "page at\na time", "pre-\nfault", "must\nreach", "again", "touch\nafter")
+    beside = ("POPULATE\n_READ", "POPULATE\n_WRITE", "MAP_\nPOPULATE", "adja-\ncent")
+    for heading in (*headings, *beside):
+        made.add_column(heading, justify="right", no_wrap=True)
+    mode = ""
+    for row in rows:
+        if row.mode != mode:
+            mode = row.mode
+            made.add_row(Text(MODES[mode], style="bold"))
+        made.add_row(row.label, *_cells(row))
+    return made
+
+
+def _cells(row: Row) -> Iterator[str | Text]:
+    if row.found.skipped:
+        yield from ("", Text("skipped"))
+        return
+    yield format_size(row.found.unit).replace("iB", "").replace(" ", "")
+    yield _number(row.cost("demand"))
+    yield _number(row.page_wise)
+    cost, bar = row.cost("prefault"), row.bar
+    missed = cost is not None and bar is not None and cost > bar
+    yield Text(_number(cost), style="" if bar is None else "red" if missed else "green")
+    yield Text(
+        "" if bar is None else f"{_number(bar)} {'no' if missed else 'yes'}", style="red" if missed else ""
+    )
+    for name in ("again", "touch", "populate_read", "populate_write", "map_populate"):
+        yield _number(row.cost(name))
+    yield "" if row.found.adjacent is None else f"{row.found.adjacent:.0%}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def remarks(rows: Sequence[Row]) -> Iterator[str]:
+    """What to know about the table, and what was not measured."""
+    yield (
+        "demand fault: the guest walks, nothing pre-faulted. again: the same range, mapped already. touch "
+        "after: the guest walks what was pre-faulted. adjacent: neighbouring pages with neighbouring frames."
+    )
+    for row in rows:
+        if row.found.skipped:
+            yield f"skipped {row.label}: {row.found.skipped}"
+        fault, other = row.cost("demand"), per_leaf(row.before, "demand")
+        if fault is not None and other is not None and abs(fault - other) > other * SAME_PATH:
+            yield (
+                f"{row.label}: a demand fault costs {fault:,.0f} on this kernel, {other:,.0f} on that of the "
+                "page-at-a-time version: the fault path is not the same"
+            )
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """Demand fault, page at a time and pre-fault of each case as bars, what must be reached as a mark.
+
+    :param file: its suffix says the format: svg, png, pdf
+    :raises OSError: it cannot be written
+    :raises ValueError: there is no such format
+    """
+    import matplotlib  # half a second, for who wants a plot
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if not row.found.skipped]
+    figure = Figure(figsize=(9, 1.2 + 0.42 * len(shown)), layout="constrained")
+    axes = figure.add_subplot()
+    places = [-float(index) for index in range(len(shown))]
+    for shift, colour, name in (
+        (0.25, "#c44e52", "demand"),
+        (0, "#dd8452", ""),
+        (-0.25, "#4c72b0", "prefault"),
+    ):
+        costs = [(row.cost(name) if name else row.page_wise) or 0 for row in shown]
+        label = COLUMNS.get(name, "pre-fault, page at a time")
+        axes.barh([place + shift for place in places], costs, height=0.24, color=colour, label=label)
+    marks = [(row.bar, place - 0.25) for row, place in zip(shown, places, strict=True) if row.bar is not None]
+    if marks:
+        axes.plot(*zip(*marks, strict=True), "k|", markersize=9, label="must reach")
+    several = len({row.mode for row in shown}) > 1
+    axes.set_yticks(places, [f"{MODES[row.mode]}: {row.label}" if several else row.label for row in shown])
+    axes.set_ylim(min(places, default=0) - 0.6, 0.6)
+    axes.set_xscale("log")
+    axes.set_xlabel("instructions for each page, or block where blocks are used")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=4, frameon=False)
+    # Neither chance nor a date in it: the same figures give the same file. Text stays text.
+    with matplotlib.rc_context({"svg.hashsalt": "prefault", "svg.fonttype": "none"}):
+        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
