@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from prefault.errors import PrefaultError
 from prefault.lab import build, rootfs, tools
@@ -15,6 +16,10 @@ from prefault.lab import build, rootfs, tools
 # inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# On a machine that builds kernels meanwhile, any example may take a second.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 SKIPPED = pytest.StashKey[tuple[int, str]]()
 

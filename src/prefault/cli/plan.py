@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # numpy and pyarrow take a while to import, and few commands 
 EPILOG = """\b
 Examples:
   prefault plan boot.parquet                                  what pre-faulting would save
-  prefault plan boot.parquet -o plan.json                     a plan for a VMM
+  prefault plan boot.parquet -o plan.json --html boot.html    a plan for a VMM, and a page to look at
   prefault plan a.parquet b.parquet c.parquet --over 2-of-3   what at least two of three runs needed
   prefault plan boot.parquet --cap 256M --granule 2M          the 256 MiB that are needed first, by 2 MiB
   prefault plan boot.parquet --memory private/nothing         if the host has not populated the memory
@@ -54,6 +54,7 @@ class MemslotType(click.ParamType["tuple[int, int]"]):
 class _Options(TypedDict):
     recordings: tuple[Path, ...]
     output: Path | None
+    html: Path | None
     granule: int
     cap: int | None
     over: str
@@ -104,6 +105,11 @@ class _Options(TypedDict):
 @click.option(
     "--prefault-cost", type=click.FloatRange(min=0), metavar="NS", help="Cost of pre-faulting a page."
 )
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a page for a browser: heat map, working set, what the plan covers.",
+)
 @click.option("--force", is_flag=True, help="Replace files that are there.")
 @output.json_option
 def plan(**options: Unpack[_Options]) -> None:
@@ -117,16 +123,31 @@ def plan(**options: Unpack[_Options]) -> None:
     from prefault.faults import recording
     from prefault.faults.planning import make_plan
 
-    if options["output"]:
-        check_target(options["output"], "--output", force=options["force"])
+    for name, path in _targets(options).items():
+        check_target(path, f"--{name}", force=options["force"])
     config = _config(options)
     with output.stderr().status("reading recordings"):
         recordings = [recording.read(path) for path in options["recordings"]]
         made = make_plan(recordings, config)
+        _write(made, recordings, options)
+    _print(made, recordings, options)
+
+
+def _targets(options: _Options) -> dict[str, Path]:
+    """The files that are asked for, by option."""
+    named = {"output": options["output"], "html": options["html"]}
+    return {name: path for name, path in named.items() if path}
+
+
+def _write(made: Made, recordings: list[Recording], options: _Options) -> None:
+    from prefault.report.faults_html import page
+
     if options["output"]:
         with replacing(options["output"]) as file:
             file.write(dumps(made.plan))
-    _print(made, recordings, options)
+    if options["html"]:
+        with replacing(options["html"]) as file:
+            file.write(page(made, recordings))
 
 
 def _config(options: _Options) -> PlanConfig:
@@ -159,7 +180,7 @@ def _print(made: Made, recordings: list[Recording], options: _Options) -> None:
     from prefault.report.plan import sentences
 
     if output.wants_json():
-        output.emit("plan", {"plan": made.plan.to_json(), "output": options["output"]})
+        output.emit("plan", {"plan": made.plan.to_json(), "files": _targets(options)})
         return
     console = output.stdout()
     seconds = sum(one.metadata.seconds for one in recordings) / len(recordings)
@@ -167,5 +188,5 @@ def _print(made: Made, recordings: list[Recording], options: _Options) -> None:
         console.print(sentence, soft_wrap=not console.is_terminal, markup=False)
     for advice in made.plan.advice:
         console.print(f"- {advice.text}.", soft_wrap=not console.is_terminal, markup=False)
-    if options["output"]:
-        console.print(f"written to {options['output']}", soft_wrap=True, markup=False)
+    for path in _targets(options).values():
+        console.print(f"written: {path}", soft_wrap=True, markup=False)
