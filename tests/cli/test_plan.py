@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -92,3 +93,15 @@ def test_populating_is_advised_where_writes_would_fault_again(capsys: pytest.Cap
     shown = capsys.readouterr().out
     assert "It does NOT pay" in shown
     assert "MADV_POPULATE_WRITE" in shown
+
+
+def test_all_files_are_written_or_none(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["--html", "x.html", "--perfetto", "x.json.gz", "-o", "plan.json"]
+    Path("x.html").write_text("precious")
+    assert main(["plan", "boot.parquet", *names]) == ExitCode.USAGE
+    assert {path.name for path in Path.cwd().iterdir()} == {"boot.parquet", "x.html"}
+    assert main(["plan", "boot.parquet", *names, "--force"]) == 0
+    assert "your guest took 1,000" in Path("x.html").read_text()
+    with gzip.open("x.json.gz") as file:
+        assert len(json.load(file)["traceEvents"]) > 1000
+    assert "written: x.json.gz" in capsys.readouterr().out

@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from prefault.cli import record as command
 from prefault.cli.main import main
 from prefault.errors import ExitCode
-from prefault.faults import recording
+from prefault.faults import captured, recording
+from prefault.faults.capture import CaptureConfig, Captured, Listener, State
+from prefault.faults.captured import Head, Page
 from prefault.kvm import tracefs
 
 DATA = Path(__file__).parents[1] / "faults/data"
@@ -103,3 +109,70 @@ def test_a_machine_without_tracefs_is_told_what_it_takes(
     assert main(["record", "--seconds", "1"]) == ExitCode.MISSING
     assert "root, a mounted tracefs" in capsys.readouterr().err
     assert left() == []
+
+
+class FakeCapture:
+    """Plays a capture that is there, as if it were live; then ends, or fails."""
+
+    def __init__(self, why: str = "time", error: OSError | None = None) -> None:
+        self._why = why
+        self._error = error
+        self.config: CaptureConfig | None = None
+
+    def __call__(self, sink: BinaryIO, config: CaptureConfig, listener: Listener) -> Captured:
+        self.config = config
+        whole = (DATA / "walk.capture").read_bytes()
+        for frame in captured.read(io.BytesIO(whole), "walk"):
+            if isinstance(frame, Head):
+                listener.begins(frame)
+            elif isinstance(frame, Page):
+                listener.page(frame)
+        listener.state(State(1.0, 557, 3))
+        sink.write(whole)
+        if self._error:
+            raise self._error
+        return Captured(self._why, 1.0, 557, 3)
+
+
+def live(monkeypatch: pytest.MonkeyPatch, fake: FakeCapture, *words: str) -> int:
+    monkeypatch.setattr(command, "capture", fake)
+    return main(["record", *words])
+
+
+def test_a_live_recording_counts_and_leaves_only_the_recording(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeCapture()
+    assert live(monkeypatch, fake, "--seconds", "1", "--no-durations", "--buffer", "1M", "--pid", "7") == 0
+    assert fake.config == CaptureConfig(7, 1.0, False, 1 << 20)
+    told = capsys.readouterr()
+    assert "1 s  182 faults, 3 events LOST" in told.err
+    assert "182 stage-2 faults" in told.out
+    assert left() == ["faults.parquet"]
+
+
+@pytest.mark.parametrize(("words", "status"), [((), 0), (("--seconds", "9"), 130)])
+def test_ctrl_c_keeps_the_recording(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], status: int
+) -> None:
+    assert live(monkeypatch, FakeCapture("interrupted"), *words) == status
+    assert len(recording.read(Path("faults.parquet"))) == 182
+
+
+def test_a_full_disk_leaves_what_was_captured_and_says_how_to_read_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = FakeCapture(error=OSError(errno.ENOSPC, "No space left on device"))
+    assert live(monkeypatch, full) == ExitCode.OPERATING_ERROR
+    assert "record --from faults.parquet.capture" in capsys.readouterr().err
+    assert left() == ["faults.parquet.capture"]
+    assert main(["record", "--from", "faults.parquet.capture"]) == 0
+
+
+def test_a_capture_that_is_still_there_is_not_overwritten(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("faults.parquet.capture").write_text("precious")
+    assert live(monkeypatch, FakeCapture()) == ExitCode.USAGE
+    assert "record --from faults.parquet.capture" in capsys.readouterr().err
+    assert Path("faults.parquet.capture").read_text() == "precious"

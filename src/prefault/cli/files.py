@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +28,15 @@ def check_target(path: Path, option: str, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
-    """A text file that gets its name when the block is done."""
+    """A text file that gets its name when the block is done; compressed if that ends in .gz."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            yield file
+        if path.suffix == ".gz":
+            with gzip.open(beside, "wt", compresslevel=6, encoding="utf-8") as packed:
+                yield packed
+        else:
+            with beside.open("w", encoding="utf-8") as file:
+                yield file
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -55,6 +55,7 @@ class _Options(TypedDict):
     recordings: tuple[Path, ...]
     output: Path | None
     html: Path | None
+    perfetto: Path | None
     granule: int
     cap: int | None
     over: str
@@ -110,6 +111,11 @@ class _Options(TypedDict):
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write a page for a browser: heat map, working set, what the plan covers.",
 )
+@click.option(
+    "--perfetto",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a trace for the Perfetto viewer; compressed if the name ends in .gz.",
+)
 @click.option("--force", is_flag=True, help="Replace files that are there.")
 @output.json_option
 def plan(**options: Unpack[_Options]) -> None:
@@ -135,12 +141,13 @@ def plan(**options: Unpack[_Options]) -> None:
 
 def _targets(options: _Options) -> dict[str, Path]:
     """The files that are asked for, by option."""
-    named = {"output": options["output"], "html": options["html"]}
+    named = {"output": options["output"], "html": options["html"], "perfetto": options["perfetto"]}
     return {name: path for name, path in named.items() if path}
 
 
 def _write(made: Made, recordings: list[Recording], options: _Options) -> None:
     from prefault.report.faults_html import page
+    from prefault.report.perfetto import trace
 
     if options["output"]:
         with replacing(options["output"]) as file:
@@ -148,6 +155,9 @@ def _write(made: Made, recordings: list[Recording], options: _Options) -> None:
     if options["html"]:
         with replacing(options["html"]) as file:
             file.write(page(made, recordings))
+    if options["perfetto"]:
+        with replacing(options["perfetto"]) as file:
+            file.writelines(trace(made, recordings))
 
 
 def _config(options: _Options) -> PlanConfig:

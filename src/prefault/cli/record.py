@@ -105,7 +105,11 @@ def record(**options: Unpack[_Options]) -> None:
         return
     spool = target.with_name(target.name + SUFFIX)
     ended = _record(spool, options)
-    _convert(spool, options, ended)
+    try:
+        _convert(spool, options, ended)
+    except BaseException:
+        click.echo(f"what was captured is in {spool}: {_rescue(spool)}", err=True)
+        raise
     spool.unlink()
     if ended.why == "interrupted" and options["seconds"] is not None:
         click.get_current_context().exit(INTERRUPTED)
@@ -176,22 +180,27 @@ def _shown() -> Iterator[Shown]:
         yield Shown(status.update)
 
 
+def _rescue(spool: Path) -> str:
+    return f"`prefault record --from {spool}` reads it"
+
+
 def _record(spool: Path, options: _Options) -> Captured:
     """Capture into ``spool``, which is not there afterwards if nothing could be captured."""
     config = CaptureConfig(options["pid"], options["seconds"], options["durations"], options["buffer"])
-    began = False
-    try:
-        with spool.open("wb") as sink, _shown() as show:
-            began = True
+    rescue = _rescue(spool)
+    if spool.exists():
+        raise UsageError(f"{spool} is there, of a recording that was broken off: {rescue}; or remove it")
+    with spool.open("wb") as sink, _shown() as show:
+        try:
             return capture(sink, config, _Counting(show))
-    except OSError as error:
-        if began:
-            error.add_note(f"what was captured is in {spool}: `prefault record --from {spool}` reads it")
-        raise
-    except BaseException:
-        if began and spool.stat().st_size == 0:
-            spool.unlink()
-        raise
+        except OSError:
+            click.echo(f"what was captured is in {spool}: {rescue}", err=True)
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # a full disk has been told already
+                sink.flush()
+            if spool.stat().st_size == 0:
+                spool.unlink()
 
 
 def _convert(source: Path, options: _Options, ended: Captured) -> None:

@@ -17,13 +17,15 @@ import contextlib
 import os
 import platform
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from types import FrameType
+from typing import BinaryIO, NoReturn
 
 from prefault.errors import CapabilityMissing, PrefaultError, UsageError
 from prefault.faults import captured
@@ -414,6 +416,7 @@ def main() -> None:
     parser.add_argument("--buffer-kib", type=int, default=8192, help="of buffer for each CPU (%(default)s)")
     parser.add_argument("--output", required=True, type=Path, help="file to write")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, _terminate)
     config = CaptureConfig(given.pid, given.seconds, not given.no_durations, given.buffer_kib << 10)
     try:
         with given.output.open("wb") as sink:
@@ -423,6 +426,11 @@ def main() -> None:
         print(f"prefault.faults.capture: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     print(f"{ended.events} events in {ended.seconds:.1f} s, {ended.lost} lost ({ended.why})", file=sys.stderr)
+
+
+def _terminate(number: int, _: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds the stack as Ctrl-C does, so that the trace instance goes away."""
+    raise SystemExit(128 + number)
 
 
 class _Saying(Listener):

@@ -16,6 +16,7 @@ from pathlib import Path
 from prefault.errors import CapabilityMissing
 
 TRACEFS = Path("/sys/kernel/tracing")
+PROC = Path("/proc")
 
 _numbers = itertools.count()
 
@@ -29,6 +30,7 @@ class Instance:
 
     def __init__(self, purpose: str) -> None:
         """Make it; ``purpose`` is for the message if that fails: ``counting stage-2 faults``."""
+        _remove_orphans()
         self.folder = TRACEFS / "instances" / f"prefault-{os.getpid()}-{next(_numbers)}"
         try:
             self.folder.mkdir()
@@ -64,3 +66,12 @@ class Instance:
                 self.write(f"{event}/enable", "0")
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+
+def _remove_orphans() -> None:
+    """Remove instances of processes that were killed; one that is in use cannot be removed."""
+    for folder in (TRACEFS / "instances").glob("prefault-*"):
+        pid = folder.name.split("-")[1]
+        if pid.isdecimal() and not (PROC / pid).exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
