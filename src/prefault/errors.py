@@ -6,7 +6,9 @@
     ├── KvmError                  an ioctl failed; .errno says why                     exit 3
     │   └── MemoryFaultExit       KVM_RUN ended with KVM_EXIT_MEMORY_FAULT
     ├── Mismatch                  checked, and it does not hold                        exit 1
-    │   └── GuestFailed           the guest program ended in its own exception handler
+    │   ├── GuestFailed           the guest program ended in its own exception handler
+    │   ├── GuestDied             a guest's operating system ended as it should not have
+    │   └── BadSnapshot           a snapshot is truncated, damaged or of another kind of machine
     ├── Missing                   a tool, a right or a capability is not here          exit 77
     │   ├── CapabilityMissing     this VM does not report a KVM capability
     │   ├── KvmMissing            /dev/kvm is absent or may not be opened
@@ -108,6 +110,21 @@ class GuestFailed(Mismatch):
         self.elr = elr
         self.far = far
         super().__init__(message)
+
+
+class GuestDied(Mismatch):
+    """A guest's operating system asked for a reset, said that it crashed, or ended before its time."""
+
+
+class BadSnapshot(Mismatch):
+    """A snapshot cannot be restored here; nothing of it has run.
+
+    :ivar folder: where it is
+    """
+
+    def __init__(self, folder: object, reason: str) -> None:
+        self.folder = str(folder)
+        super().__init__(f"the snapshot {folder} cannot be restored: {reason}")
 
 
 class Missing(PrefaultError):

@@ -18,7 +18,14 @@ import pytest
 from prefault.abi import arm64, constants, ioctls, structures, userfaultfd
 from prefault.errors import PrefaultError
 
-ARM64_ONLY = {"KVM_ARM_PREFERRED_TARGET", "KVM_ARM_VCPU_INIT", "kvm_vcpu_init"}
+ARM64_ONLY = {
+    "KVM_ARM_PREFERRED_TARGET",
+    "KVM_ARM_VCPU_INIT",
+    "KVM_GET_VCPU_EVENTS",
+    "KVM_SET_VCPU_EVENTS",
+    "kvm_vcpu_init",
+    "kvm_vcpu_events",
+}
 STRUCTURES = [
     one
     for name, one in vars(structures).items()

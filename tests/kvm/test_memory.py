@@ -202,3 +202,15 @@ def test_scattered_memory_has_hardly_a_neighbour(backing: Backing) -> None:
 def test_the_pages_of_a_scattered_file_are_scattered() -> None:
     region = MemoryRegion(0, 0, 8 * MIB, Backing.FILE_PRIVATE, Resident.READ, frames=Frames.SCATTERED)
     assert neighbours(region) < 0.02
+
+
+def test_a_file_can_be_mapped_and_does_not_change(tmp_path: Path) -> None:
+    path = tmp_path / "contents"
+    path.write_bytes(b"a" * PAGE)
+    with path.open("rb") as file:
+        made = memory.create(MemoryRegion(0, 0, PAGE, Backing.FILE_PRIVATE), PAGE, contents=file.fileno())
+    assert made.read(0, 2) == b"aa"
+    made.write(0, b"b")
+    assert made.read(0, 2) == b"ba"
+    made.close()
+    assert path.read_bytes() == b"a" * PAGE

@@ -128,8 +128,8 @@ def test_memory_outlives_its_slot_until_the_vm_is_closed(monkeypatch: pytest.Mon
     made: list[memory.Memory] = []
     create = memory.create
 
-    def remember(region: MemoryRegion, page_size: int, guest_memfd: int = -1) -> memory.Memory:
-        made.append(create(region, page_size, guest_memfd))
+    def remember(region: MemoryRegion, *arguments: int) -> memory.Memory:
+        made.append(create(region, *arguments))
         return made[-1]
 
     monkeypatch.setattr(memory, "create", remember)
@@ -170,8 +170,8 @@ class TaglessVm(FakeVm):
 def test_hugetlb_pages_that_cannot_have_tags_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     create = memory.create
 
-    def without_huge_pages(region: MemoryRegion, page_size: int, guest_memfd: int = -1) -> memory.Memory:
-        return create(replace(region, backing=Backing.PRIVATE), page_size, guest_memfd)
+    def without_huge_pages(region: MemoryRegion, *arguments: int) -> memory.Memory:
+        return create(replace(region, backing=Backing.PRIVATE), *arguments)
 
     monkeypatch.setattr(memory, "create", without_huge_pages)
     config = VmConfig(gic=False, mte=True)

@@ -15,13 +15,24 @@ KVM_ARM_VCPU_HAS_EL2_E2H0 = 8
 # Devices.
 KVM_DEV_TYPE_ARM_VGIC_V3 = 7
 KVM_DEV_ARM_VGIC_GRP_ADDR = 0
+KVM_DEV_ARM_VGIC_GRP_DIST_REGS = 1
 KVM_DEV_ARM_VGIC_GRP_NR_IRQS = 3
 KVM_DEV_ARM_VGIC_GRP_CTRL = 4
+KVM_DEV_ARM_VGIC_GRP_REDIST_REGS = 5
+KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS = 6
+KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO = 7
 KVM_DEV_ARM_VGIC_CTRL_INIT = 0
+KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT = 32
+KVM_DEV_ARM_VGIC_LINE_LEVEL_INFO_SHIFT = 10
+VGIC_LEVEL_INFO_LINE_LEVEL = 0
 KVM_VGIC_V3_ADDR_TYPE_DIST = 2
 KVM_VGIC_V3_ADDR_TYPE_REDIST = 3
 KVM_VGIC_V3_DIST_SIZE = 0x1_0000
 KVM_VGIC_V3_REDIST_SIZE = 0x2_0000
+
+# Interrupts of KVM_IRQ_LINE.
+KVM_ARM_IRQ_TYPE_SHIFT = 24
+KVM_ARM_IRQ_TYPE_SPI = 1
 
 # Register ids.
 KVM_REG_ARM64 = 0x6000000000000000
@@ -31,6 +42,11 @@ KVM_REG_SIZE_MASK = 0x00F0000000000000
 KVM_REG_ARM_COPROC_SHIFT = 16
 KVM_REG_ARM_CORE = 0x0010 << KVM_REG_ARM_COPROC_SHIFT
 KVM_REG_ARM64_SYSREG = 0x0013 << KVM_REG_ARM_COPROC_SHIFT
+
+# The counters, by the ids that the kernel's list of registers has for them. The first is CNTVCT_EL0's under a
+# number that was meant for another register and is ABI now.
+KVM_REG_ARM_TIMER_CNT = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG | 0xDF1A
+KVM_REG_ARM_PTIMER_CNT = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG | 0xDF01
 
 # Byte offsets of the 64-bit core registers in struct kvm_regs; x0 to x30 come first.
 CORE_OFFSETS = {f"x{number}": 8 * number for number in range(31)} | {
@@ -127,5 +143,9 @@ _NAMES = {core_register_id(offset): name for name, offset in CORE_OFFSETS.items(
 
 
 def register_name(register: int) -> str:
-    """The architectural name of a register by its id, or the id in hexadecimal."""
+    """The architectural name of a register by its id: as assemblers have it (S3_0_C4_C6_0), or the id."""
+    if register & ~0xFFFF == KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG:
+        code = register & 0xFFFF
+        parts = (code >> 14, code >> 11 & 7, code >> 7 & 15, code >> 3 & 15, code & 7)
+        return _NAMES.get(register, "S{}_{}_C{}_C{}_{}".format(*parts))
     return _NAMES.get(register, f"{register:#x}")

@@ -62,6 +62,34 @@ class kvm_one_reg(ctypes.Structure):
     _fields_: ClassVar = [("id", _u64), ("addr", _u64)]
 
 
+class kvm_mp_state(ctypes.Structure):
+    """Argument of KVM_GET_MP_STATE and KVM_SET_MP_STATE."""
+
+    _fields_: ClassVar = [("mp_state", _u32)]
+
+
+class _exception(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("serror_pending", _u8),
+        ("serror_has_esr", _u8),
+        ("ext_dabt_pending", _u8),
+        ("pad", _u8 * 5),
+        ("serror_esr", _u64),
+    ]
+
+
+class kvm_vcpu_events(ctypes.Structure):
+    """Argument of KVM_GET_VCPU_EVENTS and KVM_SET_VCPU_EVENTS (arm64)."""
+
+    _fields_: ClassVar = [("exception", _exception), ("reserved", _u32 * 12)]
+
+
+class kvm_irq_level(ctypes.Structure):
+    """Argument of KVM_IRQ_LINE."""
+
+    _fields_: ClassVar = [("irq", _u32), ("level", _u32)]
+
+
 class kvm_create_device(ctypes.Structure):
     """Argument of KVM_CREATE_DEVICE."""
 

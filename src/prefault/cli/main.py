@@ -31,6 +31,7 @@ from prefault.cli.probe import probe
 from prefault.cli.record import record
 from prefault.cli.run import run
 from prefault.cli.soak import soak
+from prefault.cli.vm import vm
 from prefault.errors import ExitCode, PrefaultError
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -66,6 +67,7 @@ def root() -> None:
     prefault conform           the same scenarios on the specification and on a real kernel
     prefault explore           races on the specification, in every order
     prefault bench             what pre-faulting costs, and what it spares, in instructions
+    prefault vm boot           a Linux guest: boot, snapshot, restore
     prefault lab build         build the kernel of the lab: arm64 KVM on any Linux machine
     """
 
@@ -78,6 +80,7 @@ root.add_command(plan)
 root.add_command(conform)
 root.add_command(explore)
 root.add_command(bench)
+root.add_command(vm)
 root.add_command(lab)
 lab.add_command(soak)
 lab.add_command(mutants)

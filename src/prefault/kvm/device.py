@@ -25,6 +25,20 @@ class Device(Descriptor):
         address = 0 if value is None else ctypes.addressof(cell)
         self.ioctl("KVM_SET_DEVICE_ATTR", structures.kvm_device_attr(0, group, attribute, address))
 
+    def try_get_attribute(self, group: int, attribute: int) -> tuple[int, int]:
+        """KVM_GET_DEVICE_ATTR of a value of up to 64 bits: (value, errno)."""
+        cell = ctypes.c_uint64()
+        request = structures.kvm_device_attr(0, group, attribute, ctypes.addressof(cell))
+        _, error = self.try_ioctl("KVM_GET_DEVICE_ATTR", request)
+        return cell.value, error
+
+    def get_attribute(self, group: int, attribute: int) -> int:
+        """KVM_GET_DEVICE_ATTR of a value of up to 64 bits."""
+        value, error = self.try_get_attribute(group, attribute)
+        if error:
+            raise KvmError("KVM_GET_DEVICE_ATTR", error, hint=f"group {group}, attribute {attribute:#x}")
+        return value
+
 
 def create_gic(vm: Descriptor) -> Device:
     """A GICv3 with its frames below the port; ``initialise_gic`` finishes it."""

@@ -132,18 +132,19 @@ def _without(piece: tuple[int, int], hole: tuple[int, int]) -> list[tuple[int, i
     return [(start, end) for start, end in parts if start < end]
 
 
-def create(region: MemoryRegion, page_size: int, guest_memfd: int = -1) -> Memory:
+def create(region: MemoryRegion, page_size: int, guest_memfd: int = -1, contents: int = -1) -> Memory:
     """Map what ``region`` asks for.
 
     :param page_size: the host's
     :param guest_memfd: for Backing.GUEST_MEMFD, the descriptor; the Memory owns it from now on
+    :param contents: for Backing.FILE_PRIVATE, the file to map; it stays the caller's
     """
     memory = Memory(0, region.size, guest_memfd)
     if guest_memfd >= 0:
         memory._fds.append(guest_memfd)
     try:
         _check(region, page_size)
-        _map(memory, region, page_size)
+        _map(memory, region, page_size, contents)
         if region.backing is not Backing.DEVICE:  # all there from the beginning
             _populate(memory, region, page_size)
     except BaseException:
@@ -160,7 +161,7 @@ def _check(region: MemoryRegion, page_size: int) -> None:
             )
 
 
-def _map(memory: Memory, region: MemoryRegion, page_size: int) -> None:
+def _map(memory: Memory, region: MemoryRegion, page_size: int, contents: int) -> None:
     huge = _huge_page_size(region, page_size)
     alignment = max(huge, hugepages.pmd_size(), page_size)
     lead = (region.gpa + region.hva_offset) % alignment
@@ -170,7 +171,7 @@ def _map(memory: Memory, region: MemoryRegion, page_size: int) -> None:
     # hugetlb is mapped from page boundary to page boundary, whatever part of it the slot shows.
     start = memory.hva // huge * huge
     length = -(-(memory.hva + region.size - start) // huge) * huge
-    fd = _file(memory, region, length, huge)
+    fd = contents if contents >= 0 else _file(memory, region, length, huge)
     private = region.backing in (Backing.PRIVATE, Backing.THP, Backing.FILE_PRIVATE)
     offset = devmem.flash(length) if region.backing is Backing.DEVICE else 0
     mapping.map_at(start, length, shared=not private, fd=fd, offset=offset)

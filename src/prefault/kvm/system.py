@@ -50,8 +50,7 @@ class Kvm(Descriptor):
         """
         if platform.machine() not in ("aarch64", "arm64"):
             raise UsageError(
-                f"guests here are arm64, this host is {platform.machine()}: "
-                "use the lab (prefault run --machine lab)"
+                f"guests here are arm64, this host is {platform.machine()}: use the lab (--machine lab)"
             )
         mmap_size = self.ioctl("KVM_GET_VCPU_MMAP_SIZE")
         fd = self._create_vm(config)
@@ -101,7 +100,7 @@ def open_kvm(path: str = DEVICE) -> Kvm:
     except OSError as error:
         raise KvmMissing(
             f"{path} cannot be opened: {error.strerror}; KVM is not loaded, or this machine has no "
-            "hardware virtualisation: use the lab (prefault run --machine lab)"
+            "hardware virtualisation: use the lab (--machine lab)"
         ) from error
     kvm = Kvm(fd)
     try:

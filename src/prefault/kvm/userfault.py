@@ -77,8 +77,22 @@ class Userfault:
     def copy(self, gpa: int, data: bytes) -> None:
         """UFFDIO_COPY: the pages from ``gpa`` on hold ``data``, whole pages of it."""
         source = ctypes.create_string_buffer(data, len(data))
-        request = abi.uffdio_copy(gpa + self._offset, ctypes.addressof(source), len(data))
-        self._ioctl(abi.UFFDIO_COPY, request, "UFFDIO_COPY")
+        self.copy_from(gpa, ctypes.addressof(source), len(data))
+
+    def copy_from(self, gpa: int, source: int, size: int) -> None:
+        """``copy`` from an address of ours, which must not be memory whose faults are served."""
+        while size:
+            request = abi.uffdio_copy(gpa + self._offset, source, size)
+            result, error = ioctl(self._fd, abi.UFFDIO_COPY, request)
+            # Stopped on the way, for instance by a signal: what was done is said, the rest is another call.
+            done = max(0, request.copy) if result else size
+            if result and not done and error == errno.EEXIST:
+                return
+            if result and error != errno.EAGAIN:
+                raise PrefaultError(
+                    f"UFFDIO_COPY failed: {os.strerror(error)}; is the memory registered for it?"
+                )
+            gpa, source, size = gpa + done, source + done, size - done
 
     def zero(self, gpa: int, size: int) -> None:
         """UFFDIO_ZEROPAGE: the pages hold zeroes."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import struct
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from prefault.abi import arm64, constants, structures
-from prefault.errors import CapabilityMissing, UsageError
+from prefault.abi import arm64, constants, ioctls, structures
+from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.guest.compile import FIRST_ARGUMENT
 from prefault.guest.program import MAX_ARGUMENTS, Program
 from prefault.kvm import mapping, prefault
-from prefault.kvm.descriptor import Descriptor
+from prefault.kvm.descriptor import Descriptor, ioctl
 from prefault.machine import (
     Exit,
     Failed,
@@ -25,8 +27,21 @@ from prefault.machine import (
     VcpuConfig,
 )
 
+_MMIO = struct.Struct("<8xI20xQ8sIB")
+"""What of struct kvm_run an MMIO exit needs: reason, address, data, length, direction."""
+
 _PSTATE_EL1H_MASKED = 0x3C5
 _PSTATE_EL2H_MASKED = 0x3C9
+
+
+class Bus(Protocol):
+    """Devices, by guest physical address."""
+
+    def read(self, gpa: int, width: int) -> int:
+        """What a device answers to a read of ``width`` bytes."""
+
+    def write(self, gpa: int, width: int, value: int) -> None:
+        """Give a device ``width`` bytes."""
 
 
 class Vcpu(Descriptor):
@@ -87,6 +102,37 @@ class Vcpu(Descriptor):
         """What the last KVM_RUN that did not fail has left, for who called the ioctl without ``run``."""
         return decode(self._run, 0)
 
+    def run_with(self, bus: Bus) -> Exit:
+        """KVM_RUN again and again, devices answering MMIO; returns any other exit.
+
+        ``kick`` and a signal to the thread make it return ``Interrupted``, with no exit pending.
+        """
+        self._before_run(threading.get_native_id())
+        page = memoryview((ctypes.c_ubyte * _MMIO.size).from_address(self._run_page)).cast("B")
+        data = self._run_page + structures.kvm_run.exit.offset + structures._mmio.data.offset
+        while True:
+            # As try_ioctl does, without looking everything up again: a console is many exits.
+            if ioctl(self.fd, ioctls.KVM_RUN)[0] < 0:
+                return decode(self._run, ctypes.get_errno())
+            reason, gpa, value, width, is_write = _MMIO.unpack(page)
+            if reason != constants.KVM_EXIT_MMIO:
+                return decode(self._run, 0)
+            if is_write:
+                bus.write(gpa, width, int.from_bytes(value[:width], "little"))
+            else:
+                ctypes.memmove(data, bus.read(gpa, width).to_bytes(8, "little"), 8)
+
+    def kick(self) -> None:
+        """Have ``run_with`` return at once, now or the next time, until ``settle``.
+
+        A vCPU that is in the guest needs a signal to its thread besides.
+        """
+        self._run.immediate_exit = 1
+
+    def settle(self) -> None:
+        """Undo ``kick``."""
+        self._run.immediate_exit = 0
+
     def complete_mmio(self, value: int) -> None:
         """Give the pending MMIO read its value; the next ``run`` delivers it to the guest."""
         mmio = self._run.mmio
@@ -137,23 +183,53 @@ class Vcpu(Descriptor):
         By architectural name, or by KVM's id in hexadecimal.
         """
         return {
-            arm64.register_name(register): self._read(register)
-            for register in self._register_list()
+            arm64.register_name(register): self.get_register_bytes(register)
+            for register in self.register_list()
             if register not in arm64.COUNTERS
         }
 
-    def _register_list(self) -> list[int]:
-        count = structures.kvm_reg_list(0)
-        self.try_ioctl("KVM_GET_REG_LIST", count)  # E2BIG, and how many there are
-        cells = (ctypes.c_uint64 * (1 + count.n))(count.n)
-        self.ioctl("KVM_GET_REG_LIST", ctypes.addressof(cells))
-        return list(cells)[1:]
+    def register_list(self) -> tuple[int, ...]:
+        """The ids of all registers that make up the vCPU's state (KVM_GET_REG_LIST)."""
+        head = structures.kvm_reg_list()
+        result, error = self.try_ioctl("KVM_GET_REG_LIST", head)
+        if result < 0 and error != errno.E2BIG:
+            raise KvmError("KVM_GET_REG_LIST", error)
+        numbers = (ctypes.c_uint64 * (head.n + 1))(head.n)
+        self.ioctl("KVM_GET_REG_LIST", ctypes.addressof(numbers))
+        return tuple(numbers[1 : numbers[0] + 1])
 
-    def _read(self, register: int) -> bytes:
-        value = (ctypes.c_uint8 * arm64.register_size(register))()
-        request = structures.kvm_one_reg(register, ctypes.addressof(value))
-        self.ioctl("KVM_GET_ONE_REG", request, hint=f"register {register:#x} is listed, but cannot be read")
-        return bytes(value)
+    def get_register_bytes(self, register: int) -> bytes:
+        """A register of any size, by its id."""
+        cell = (ctypes.c_ubyte * arm64.register_size(register))()
+        self.ioctl("KVM_GET_ONE_REG", structures.kvm_one_reg(register, ctypes.addressof(cell)))
+        return bytes(cell)
+
+    def set_register_bytes(self, register: int, value: bytes) -> None:
+        """Set what ``get_register_bytes`` reads."""
+        cell = (ctypes.c_ubyte * arm64.register_size(register))(*value)
+        name = arm64.register_name(register)
+        hint = f"{name} cannot be set to {int.from_bytes(value, 'little'):#x} on this vCPU"
+        self.ioctl("KVM_SET_ONE_REG", structures.kvm_one_reg(register, ctypes.addressof(cell)), hint=hint)
+
+    def get_mp_state(self) -> int:
+        """Whether the vCPU runs or is powered off: KVM_MP_STATE_*."""
+        state = structures.kvm_mp_state()
+        self.ioctl("KVM_GET_MP_STATE", state)
+        return int(state.mp_state)
+
+    def set_mp_state(self, value: int) -> None:
+        """Set what ``get_mp_state`` reads."""
+        self.ioctl("KVM_SET_MP_STATE", structures.kvm_mp_state(value))
+
+    def get_events(self) -> bytes:
+        """Exceptions that wait for the vCPU (struct kvm_vcpu_events)."""
+        events = structures.kvm_vcpu_events()
+        self.ioctl("KVM_GET_VCPU_EVENTS", events)
+        return bytes(events)
+
+    def set_events(self, value: bytes) -> None:
+        """Set what ``get_events`` reads."""
+        self.ioctl("KVM_SET_VCPU_EVENTS", structures.kvm_vcpu_events.from_buffer_copy(value))
 
     def initialise(self, target: structures.kvm_vcpu_init) -> None:
         """KVM_ARM_VCPU_INIT with the features that the configuration asks for."""

@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefault.abi import constants, structures
+from prefault.abi import arm64, constants, structures
 from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.guest.compile import compile_program
 from prefault.guest.program import EnterL2, L2Mapping, Program
@@ -36,6 +36,7 @@ from prefault.machine import (
 
 _GUEST_MEMFD_FLAGS = constants.GUEST_MEMFD_FLAG_MMAP | constants.GUEST_MEMFD_FLAG_INIT_SHARED
 _BITS_PER_WORD = 64
+_FIRST_SPI = 32
 _TRACE_SLACK = 4096
 
 
@@ -93,10 +94,12 @@ class Vm(Descriptor):
         """KVM_CHECK_EXTENSION on this VM."""
         return self.ioctl("KVM_CHECK_EXTENSION", capability)
 
-    def set_user_memory_region(self, region: MemoryRegion) -> None:
+    def set_user_memory_region(self, region: MemoryRegion, contents: int = -1) -> None:
         """Create, change or (size 0) delete a memslot. Its mapping outlives it.
 
         A slot that keeps its size and backing keeps its memory: its flags change, or it moves.
+
+        :param contents: with Backing.FILE_PRIVATE, descriptor of the file to map
         """
         if not region.size:
             self._set_region(region, None)
@@ -107,7 +110,7 @@ class Vm(Descriptor):
             self._set_region(region, old.memory)
             self._slots[region.slot] = _Slot(region, old.memory)
             return
-        created = memory.create(region, self._page_size, self._guest_memfd(region))
+        created = memory.create(region, self._page_size, self._guest_memfd(region), contents)
         try:
             self._set_region(region, created)
         except BaseException:
@@ -175,10 +178,29 @@ class Vm(Descriptor):
     def _before_run(self, thread: int) -> None:
         self._run_threads.add(thread)
         if self._gic_pending:
-            with self._gic_ready:
-                if self._gic and self._gic_pending:
-                    device.initialise_gic(self._gic)
-                    self._gic_pending = False
+            self.initialise_gic()
+
+    @property
+    def gic(self) -> Device:
+        """The in-kernel GIC.
+
+        :raises UsageError: the VM has none
+        """
+        if self._gic is None:
+            raise UsageError("this VM has no in-kernel GIC; create it with VmConfig(gic=True)")
+        return self._gic
+
+    def initialise_gic(self) -> None:
+        """Finish the GIC: call it after the last vCPU was created. The first run does so otherwise."""
+        with self._gic_ready:
+            if self._gic and self._gic_pending:
+                device.initialise_gic(self._gic)
+                self._gic_pending = False
+
+    def set_spi(self, number: int, level: bool) -> None:
+        """Raise or lower the line of a shared peripheral interrupt, counted from 0 (KVM_IRQ_LINE)."""
+        irq = arm64.KVM_ARM_IRQ_TYPE_SPI << arm64.KVM_ARM_IRQ_TYPE_SHIFT | number + _FIRST_SPI
+        self.ioctl("KVM_IRQ_LINE", structures.kvm_irq_level(irq, int(level)))
 
     def install(self, program: Program) -> None:
         """Write the code and data of a guest program into guest memory."""

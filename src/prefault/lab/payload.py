@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is put on top of the root file system for one run: the prefault package and the job's files."""
+"""What is put on top of the root file system for one run: the prefault package and the job's files.
+
+Libraries that the package needs inside, of which there is one, are put beside it. They are pure Python.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import fdt
 
 import prefault
 from prefault.errors import UsageError
@@ -15,6 +20,8 @@ from prefault.lab.agent import JOB_FILE, PACKAGE_DIR, Order
 _HOST_ONLY = ("cli", "conform", "report")
 """Parts of the package that need more than the standard library."""
 _LAB_PARTS = ("__init__.py", "agent.py", "frames.py")
+_LIBRARIES = (fdt,)
+"""What parts of the package import inside, besides the standard library."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,19 @@ def _package() -> Iterator[cpio.Entry]:
             continue
         if inner.parts[0] == "lab" and inner.name not in _LAB_PARTS:
             continue
-        name = f"{PACKAGE_DIR.lstrip('/')}/prefault/{inner}"
-        yield cpio.file(name, path.read_bytes())
-        compiled = rootfs.byte_code(name, path)
-        if compiled is not None:
-            yield compiled
+        yield from _module(f"prefault/{inner}", path)
+    for library in _LIBRARIES:
+        folder = Path(str(library.__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            yield from _module(f"{folder.name}/{path.relative_to(folder)}", path)
+
+
+def _module(inside: str, path: Path) -> Iterator[cpio.Entry]:
+    name = f"{PACKAGE_DIR.lstrip('/')}/{inside}"
+    yield cpio.file(name, path.read_bytes())
+    compiled = rootfs.byte_code(name, path)
+    if compiled is not None:
+        yield compiled
 
 
 def archive(order: Order, files: Mapping[str, bytes | JobFile]) -> bytes:

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stopped VM is made of besides its memory: registers, GIC, counters.
+
+All of it is read while no vCPU runs, and written to a VM that has not run yet.
+
+Time: the guest's counters go on from the value at which they stood. What passes while a guest is
+stopped, or lies in a snapshot, does not exist for it; its wall clock is late by as much until somebody
+sets it.
+
+Source: Documentation/virt/kvm/api.rst (KVM_GET_REG_LIST), devices/arm-vgic-v3.rst
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefault.abi import arm64
+from prefault.errors import KvmError, PrefaultError
+from prefault.kvm.device import Device
+from prefault.kvm.vcpu import Vcpu
+
+COUNTERS = (arm64.KVM_REG_ARM_TIMER_CNT, arm64.KVM_REG_ARM_PTIMER_CNT)
+"""The virtual and the physical counter. They are the VM's, not a vCPU's, and go on while they are read."""
+
+_LEVELS_PER_WORD = 32
+
+
+class Foreign(PrefaultError):
+    """This host's KVM does not have, or does not take, what a state has."""
+
+
+@dataclass(frozen=True)
+class VcpuState:
+    """A vCPU."""
+
+    registers: Mapping[int, bytes]
+    """By id, in the order of the kernel's list, without the counters."""
+    mp_state: int
+    events: bytes
+
+    def to_json(self) -> dict[str, object]:
+        """A form that ``from_json`` reads."""
+        registers = {f"{register:#x}": value.hex() for register, value in self.registers.items()}
+        return {"registers": registers, "mp_state": self.mp_state, "events": self.events.hex()}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> VcpuState:
+        """Read what ``to_json`` gave."""
+        registers = {int(name, 16): bytes.fromhex(value) for name, value in raw["registers"].items()}
+        for register, value in registers.items():
+            if len(value) != arm64.register_size(register):
+                raise ValueError(f"register {register:#x} has {len(value)} bytes")
+        return cls(registers, int(raw["mp_state"]), bytes.fromhex(raw["events"]))
+
+
+def save_vcpu(vcpu: Vcpu) -> VcpuState:
+    """All of a vCPU that does not run."""
+    ids = (register for register in vcpu.register_list() if register not in COUNTERS)
+    return VcpuState(
+        {register: vcpu.get_register_bytes(register) for register in ids},
+        vcpu.get_mp_state(),
+        vcpu.get_events(),
+    )
+
+
+def restore_vcpu(vcpu: Vcpu, state: VcpuState) -> None:
+    """Make a vCPU that has not run what another one was.
+
+    :raises Foreign: the kernel's list of registers is another one, or it does not take a value
+    """
+    _compare_lists(set(vcpu.register_list()) - set(COUNTERS), set(state.registers))
+    refused = []
+    for register, value in state.registers.items():
+        try:
+            vcpu.set_register_bytes(register, value)
+        except KvmError:
+            found = vcpu.get_register_bytes(register)
+            if found != value:
+                refused.append(
+                    f"{arm64.register_name(register)} {_number(value)}, where it has {_number(found)}"
+                )
+    if refused:
+        raise Foreign(f"this KVM does not take {_some(refused)}: is it another CPU, or another kernel?")
+    vcpu.set_events(state.events)
+    vcpu.set_mp_state(state.mp_state)
+
+
+def _compare_lists(here: set[int], there: set[int]) -> None:
+    lacking, unknown = sorted(there - here), sorted(here - there)
+    if lacking:
+        names = _some([arm64.register_name(register) for register in lacking])
+        raise Foreign(f"this KVM's vCPUs lack registers that the guest's had: {names}")
+    if unknown:
+        names = _some([arm64.register_name(register) for register in unknown])
+        raise Foreign(
+            f"this KVM's vCPUs have registers of which the snapshot knows nothing: {names}; "
+            "use the kernel that it was made on"
+        )
+
+
+def _number(value: bytes) -> str:
+    return f"{int.from_bytes(value, 'little'):#x}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def save_counters(vcpu: Vcpu) -> dict[int, int]:
+    """The VM's counters at this moment."""
+    listed = vcpu.register_list()
+    return {
+        counter: int.from_bytes(vcpu.get_register_bytes(counter), "little")
+        for counter in COUNTERS
+        if counter in listed
+    }
+
+
+def restore_counters(vcpu: Vcpu, counters: Mapping[int, int]) -> None:
+    """Let the VM's counters go on from where they were. The last thing to do before the vCPUs run."""
+    for counter, value in counters.items():
+        vcpu.set_register_bytes(counter, value.to_bytes(8, "little"))
+
+
+# The GIC. Its state is a list of attributes in the order in which they must be written.
+
+Attribute = tuple[int, int, int]
+"""(group, attribute, value)"""
+
+_DIST = arm64.KVM_DEV_ARM_VGIC_GRP_DIST_REGS
+_REDIST = arm64.KVM_DEV_ARM_VGIC_GRP_REDIST_REGS
+_SYSREGS = arm64.KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS
+_LEVELS = arm64.KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO
+
+_GICD_CTLR, _GICD_TYPER, _GICD_IIDR, _GICD_TYPER2 = 0x0, 0x4, 0x8, 0xC
+_GICD_IROUTER = 0x6000
+_ALL = 0xFFFF_FFFF
+_SGI_FRAME = 0x1_0000
+
+_BITMAPS = {
+    "group": 0x80,
+    "set-enable": 0x100,
+    "clear-enable": 0x180,
+    "set-pending": 0x200,
+    "set-active": 0x300,
+}
+_PRIORITY, _CONFIG = 0x400, 0xC00
+_IRQS_PER_WORD = {"bitmap": 32, "priority": 4, "config": 16}
+
+
+def _sysreg(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:
+    return op0 << 14 | op1 << 11 | crn << 7 | crm << 3 | op2
+
+
+_CPU_INTERFACE = (
+    *(_sysreg(3, 0, 12, 12, op2) for op2 in (5, 4, 6, 7)),  # SRE, CTLR, IGRPEN0, IGRPEN1
+    _sysreg(3, 0, 4, 6, 0),  # PMR
+    _sysreg(3, 0, 12, 8, 3),  # BPR0
+    _sysreg(3, 0, 12, 12, 3),  # BPR1
+    *(_sysreg(3, 0, 12, 8, op2) for op2 in (4, 5, 6, 7)),  # AP0R
+    *(_sysreg(3, 0, 12, 9, op2) for op2 in (0, 1, 2, 3)),  # AP1R
+)
+_CPU_INTERFACE_EL2 = (
+    _sysreg(3, 4, 12, 9, 5),  # ICC_SRE_EL2
+    _sysreg(3, 4, 12, 11, 1),  # VTR
+    _sysreg(3, 4, 12, 11, 7),  # VMCR
+    *(_sysreg(3, 4, 12, 8, op2) for op2 in range(4)),  # AP0R
+    *(_sysreg(3, 4, 12, 9, op2) for op2 in range(4)),  # AP1R
+    *(_sysreg(3, 4, 12, crm, op2) for crm in (12, 13) for op2 in range(8)),  # LR
+    _sysreg(3, 4, 12, 11, 0),  # HCR
+)
+
+
+def _irq_registers(base: int, first: int, count: int) -> Iterator[tuple[int, bool]]:
+    """Offsets of what ``count`` interrupts from ``first`` on have, and whether to write all ones."""
+
+    def words(start: int, kind: str) -> Iterator[int]:
+        per_word = _IRQS_PER_WORD[kind]
+        return (base + start + 4 * (irq // per_word) for irq in range(first, first + count, per_word))
+
+    for kind, start in (("bitmap", _BITMAPS["group"]), ("priority", _PRIORITY), ("config", _CONFIG)):
+        for offset in words(start, kind):
+            yield offset, False
+    # What is enabled at reset need not be enabled in the guest.
+    for offset in words(_BITMAPS["clear-enable"], "bitmap"):
+        yield offset, True
+    for name in ("set-enable", "set-pending", "set-active"):
+        for offset in words(_BITMAPS[name], "bitmap"):
+            yield offset, False
+
+
+def _mpidr(number: int) -> int:
+    """The affinity that KVM gives to a vCPU, in the place that attributes have for it."""
+    return number << arm64.KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT
+
+
+def _read_irqs(
+    gic: Device, group: int, mpidr: int, registers: Iterator[tuple[int, bool]]
+) -> Iterator[Attribute]:
+    for offset, all_ones in registers:
+        attribute = mpidr | offset
+        yield group, attribute, _ALL if all_ones else gic.get_attribute(group, attribute)
+
+
+def _read_levels(gic: Device, mpidr: int, first: int) -> Attribute:
+    info = arm64.VGIC_LEVEL_INFO_LINE_LEVEL << arm64.KVM_DEV_ARM_VGIC_LINE_LEVEL_INFO_SHIFT
+    attribute = mpidr | info | first
+    return _LEVELS, attribute, gic.get_attribute(_LEVELS, attribute)
+
+
+def _irqs(gic: Device) -> int:
+    return 32 * ((gic.get_attribute(_DIST, _GICD_TYPER) & 0x1F) + 1)
+
+
+def save_gic(gic: Device, vcpus: int, *, el2: bool) -> list[Attribute]:
+    """All of a GIC without ITS, whose vCPUs do not run."""
+    irqs = _irqs(gic)
+    # First of all: while the distributor is disabled, KVM does not queue what becomes pending.
+    found: list[Attribute] = [(_DIST, _GICD_CTLR, gic.get_attribute(_DIST, _GICD_CTLR))]
+    for number in range(vcpus):
+        mpidr = _mpidr(number)
+        found += _read_irqs(gic, _REDIST, mpidr, _irq_registers(_SGI_FRAME, 0, 32))
+        found.append(_read_levels(gic, mpidr, 0))
+    halves = [_GICD_IROUTER + 8 * irq + half for irq in range(32, irqs) for half in (0, 4)]
+    found += [(_DIST, offset, gic.get_attribute(_DIST, offset)) for offset in halves]
+    found += _read_irqs(gic, _DIST, 0, _irq_registers(0, 32, irqs - 32))
+    found += [_read_levels(gic, 0, first) for first in range(32, irqs, _LEVELS_PER_WORD)]
+    for number in range(vcpus):
+        found += _read_cpu_interface(gic, _mpidr(number), el2=el2)
+    return found
+
+
+def _read_cpu_interface(gic: Device, mpidr: int, *, el2: bool) -> Iterator[Attribute]:
+    for register in _CPU_INTERFACE + (_CPU_INTERFACE_EL2 if el2 else ()):
+        value, error = gic.try_get_attribute(_SYSREGS, mpidr | register)
+        if not error:  # priorities need fewer registers on some hosts
+            yield _SYSREGS, mpidr | register, value
+
+
+def save_gic_identity(gic: Device) -> list[Attribute]:
+    """What must be written before the GIC is initialised: which revision of KVM's GIC the guest has."""
+    return [(_DIST, offset, gic.get_attribute(_DIST, offset)) for offset in (_GICD_IIDR, _GICD_TYPER2)]
+
+
+def restore_gic(gic: Device, attributes: Sequence[Attribute]) -> None:
+    """Write what was saved.
+
+    :raises Foreign: this host's GIC does not take it
+    """
+    for group, attribute, value in attributes:
+        try:
+            gic.set_attribute(group, attribute, value)
+        except KvmError as error:
+            raise Foreign(
+                f"this KVM's GIC refuses {value:#x} for attribute {attribute:#x} of group {group}: {error}"
+            ) from error

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orders and configurations survive the way into the lab."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefault.errors import UsageError
+from prefault.machine import Backing, Resident
+from prefault.vmm.config import BACKINGS, MIB, GuestConfig
+from prefault.vmm.order import Boot, How, Restore, Watch, boot_from, plain, restore_from
+
+GUESTS = st.builds(
+    GuestConfig,
+    memory=st.integers(8, 1000).map(lambda number: number * 2 * MIB),
+    vcpus=st.integers(1, 8),
+    backing=st.sampled_from(BACKINGS),
+    huge_page_size=st.sampled_from([0, 2 * MIB]),
+    resident=st.sampled_from(Resident),
+    el2=st.booleans(),
+)
+TEXT = st.text(max_size=5)
+WATCHES = st.builds(
+    Watch,
+    TEXT,
+    TEXT,
+    st.booleans(),
+    TEXT,
+    st.lists(st.tuples(TEXT, TEXT), max_size=2).map(tuple),
+    st.booleans(),
+)
+RANGES = st.lists(st.tuples(st.integers(0, 1 << 52), st.integers(1, 1 << 40)), max_size=3).map(tuple)
+
+
+def through_json(raw: dict[str, object]) -> dict[str, object]:
+    found = json.loads(json.dumps(raw))
+    assert isinstance(found, dict)
+    return {name: value for name, value in found.items() if name != "do"}
+
+
+@given(st.builds(Boot, TEXT, TEXT, GUESTS, TEXT, WATCHES))
+def test_an_order_to_boot_survives(order: Boot) -> None:
+    assert boot_from(through_json(plain(order))) == order
+
+
+@given(
+    st.builds(
+        Restore,
+        TEXT,
+        st.sampled_from(How),
+        st.booleans(),
+        st.just({}),
+        RANGES,
+        RANGES,
+        st.booleans(),
+        WATCHES,
+    )
+)
+def test_an_order_to_restore_survives(order: Restore) -> None:
+    assert restore_from(through_json(plain(order))) == order
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"vcpus": 0}, "0 vCPUs"),
+        ({"vcpus": 9}, "1 to 8"),
+        ({"memory": MIB}, "at least 16 MiB"),
+        ({"memory": 33 * MIB}, "multiples of 2 MiB"),
+        ({"backing": Backing.DEVICE}, "backing device"),
+    ],
+)
+def test_a_guest_that_cannot_be_is_refused(wrong: dict[str, object], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        GuestConfig(**wrong)  # type: ignore[arg-type]
