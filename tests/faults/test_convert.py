@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from prefault.errors import UsageError
 from prefault.faults import recording
 from prefault.faults.convert import convert
+from prefault.faults.syndrome import Access, Kind
 from tests.faults.traces import Line, old_page_fault, page_fault, render
 
 DATA = Path(__file__).parent / "data"
@@ -103,3 +105,38 @@ def test_real_traces_survive_parquet(tmp_path: Path, name: str) -> None:
     found = recording.read(tmp_path / "x.parquet")
     assert np.array_equal(found.faults.ipa, one.faults.ipa)
     assert np.all(np.diff(found.faults.time_ns) >= 0)
+
+
+X86 = ("x86.tracefs", "x86.trace-cmd", "x86.perf", "x86-pid.perf", "x86.capture")
+
+
+@pytest.mark.parametrize("name", X86)
+def test_a_real_x86_guest_is_read_alike_in_every_format(name: str) -> None:
+    """Two vCPUs read 32 pages each that were never touched, write them, and use a device."""
+    found = convert(DATA / name)
+    about, faults = found.recording.metadata, found.recording.faults
+    assert (about.architecture, about.lost_events, about.bad_lines) == ("x86_64", 0, 0)
+    assert about.format == name.partition(".")[2]
+    assert set(faults.vcpu.tolist()) == {0, 1}
+    data = faults.take((faults.ipa >= 0x20000) & (faults.ipa < 0x60000))
+    counts = Counter(zip(data.kind.tolist(), data.access.tolist(), strict=True))
+    assert counts == {
+        (Kind.TRANSLATION, Access.READ): 66,  # twice, KVM let the guest try again
+        (Kind.PERMISSION, Access.WRITE): 64,
+        (Kind.TRANSLATION, Access.WRITE): 72,
+    }
+    device = faults.take(faults.ipa == 0xB8000)
+    assert Counter(zip(device.kind.tolist(), device.access.tolist(), strict=True)) == {
+        (Kind.MMIO, Access.READ): 2,
+        (Kind.MMIO, Access.WRITE): 2,
+    }
+    assert np.count_nonzero(faults.duration_ns < 0) == 0
+
+
+def test_all_formats_of_one_x86_run_agree_fault_by_fault() -> None:
+    one, *others = (convert(DATA / name).recording.faults for name in X86)
+    for other in others:
+        for vcpu in (0, 1):
+            mine, theirs = one.take(one.vcpu == vcpu), other.take(other.vcpu == vcpu)
+            for column in ("tid", "ipa", "kind", "access", "level", "syndrome"):
+                assert getattr(mine, column).tolist() == getattr(theirs, column).tolist(), column
