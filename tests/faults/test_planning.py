@@ -203,6 +203,13 @@ def test_but_not_if_something_speaks_for_memory(why: Fault) -> None:
 # Costs and verdicts.
 
 
+def test_all_faults_cost_what_was_recorded_and_those_without_a_duration_the_average() -> None:
+    faults = [Fault(1, 0, 100), Fault(2, 10, 300), Fault(1, 1000, 1000), Fault(2, 2000)]
+    told = plan_of(recording_of(faults), granule=PAGE).prediction
+    assert (told.faults, told.faults_saved, told.fault_ns) == (4, 2, 200)
+    assert (told.faults_ns, told.time_saved_ns) == (100 + 300 + 1000 + 200, 400)
+
+
 def guest(pages: int, *, access: Access = Access.READ, duration: int = 5000, spread: int = 100) -> Recording:
     return recording_of(
         [Fault(spread * page, 10_000 * page, duration, access=access) for page in range(pages)]

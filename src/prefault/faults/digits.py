@@ -2,7 +2,7 @@
 """Numbers at many places of a text at once: eight characters to a 64-bit word, whole arrays per operation.
 
 Regular expressions were measured first: ``re``, RE2 (pyarrow) and Rust's (polars) do 0.45, 0.12 and 0.42
-million trace lines a second where all of the reading does 1.8 million with this (docs/recording.md).
+million trace lines a second where all of the reading does 1.8 million with this (decision 17).
 
 Words are little-endian: the first character is the lowest byte, on every machine.
 """

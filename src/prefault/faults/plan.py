@@ -43,8 +43,9 @@ class Prediction:
     """For one run like those recorded; times are vCPU time, in ns.
 
     :ivar faults: translation faults on memory that a run takes
+    :ivar faults_ns: what they cost
     :ivar faults_saved: those that it will not take
-    :ivar fault_ns: what one of these costs
+    :ivar fault_ns: what one of these costs, on average
     :ivar time_saved_ns: what all of them cost
     :ivar prefault_page_ns: what pre-faulting a page (a block, of huge pages) costs
     :ivar prefault_ns: what all of it costs
@@ -54,6 +55,7 @@ class Prediction:
     """
 
     faults: float
+    faults_ns: float
     faults_saved: float
     fault_ns: float
     time_saved_ns: float

@@ -202,6 +202,7 @@ def _judged(
     faults_saved = sum(one.faults for one in saved) / runs
     prediction = Prediction(
         faults=sum(one.memory_faults for one in sets) / runs,
+        faults_ns=_cost_of_all(sets, cost) / runs,
         faults_saved=faults_saved,
         fault_ns=cost.fault,
         time_saved_ns=faults_saved * cost.fault,
@@ -229,6 +230,14 @@ def _judged(
 
 def _with_advice(plan: Plan, advice: tuple[Advice, ...]) -> Plan:
     return Plan(**{**vars(plan), "advice": advice})
+
+
+def _cost_of_all(sets: Sequence[WorkingSet], cost: Costs) -> float:
+    """As recorded; what has no duration, or if costs are given, at the cost of one."""
+    faults, timed = sum(one.memory_faults for one in sets), sum(one.memory_timed for one in sets)
+    if cost.source != "recording":
+        return faults * cost.fault
+    return sum(one.memory_wait_ns for one in sets) + (faults - timed) * cost.fault
 
 
 def covered(page: npt.NDArray[np.uint64], size: int, ranges: Sequence[Range]) -> npt.NDArray[np.bool_]:

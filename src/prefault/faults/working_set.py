@@ -43,7 +43,9 @@ class WorkingSet:
     :ivar faults: how many faults it would have spared to have it mapped
     :ivar wait_ns: how long those took, as far as is known
     :ivar timed: how many of them have a duration
-    :ivar memory_faults: translation faults on memory, of all pages
+    :ivar memory_faults: translation faults on memory, all of them
+    :ivar memory_wait_ns: how long those took, as far as is known
+    :ivar memory_timed: how many of them have a duration
     :ivar devices: pages that were taken for devices
     """
 
@@ -55,6 +57,8 @@ class WorkingSet:
     wait_ns: Int64
     timed: Int64
     memory_faults: int
+    memory_wait_ns: int
+    memory_timed: int
     devices: int
 
 
@@ -84,6 +88,8 @@ def working_set(recording: Recording, memslots: Sequence[Memslot] = ()) -> Worki
         wait_ns=np.bincount(index[known], memory.duration_ns[known], minlength=count).astype(np.int64),
         timed=np.bincount(index[known], minlength=count),
         memory_faults=len(memory),
+        memory_wait_ns=int(np.maximum(memory.duration_ns, 0).sum()),
+        memory_timed=int(np.count_nonzero(memory.duration_ns >= 0)),
         devices=len(devices),
     )
 

@@ -36,7 +36,7 @@ def sentences(plan: Plan, seconds: float) -> Iterator[str]:
     yield (
         f"In {format_duration(seconds * 1e9)}, {run} took {number(told.faults)} stage-2 faults on memory "
         "that was not "
-        f"mapped yet, costing {format_duration(told.faults * told.fault_ns)} of its vCPUs' time."
+        f"mapped yet, costing {format_duration(told.faults_ns)} of its vCPUs' time."
     )
     if not plan.ranges:
         yield "There is nothing to pre-fault."
