@@ -230,3 +230,16 @@ def test_show_says_what_is_in_a_snapshot(tmp_path: Path, capsys: pytest.CaptureF
     found = json.loads(capsys.readouterr().out)
     assert found["guest"]["vcpus"] == 2
     assert (found["stored"], found["kernel"], found["registers"]) == (65536, "7.3.4", 3)
+
+
+@pytest.mark.parametrize(
+    ("added", "why"),
+    [("nothing", "the absolute path"), ("a=b", "the absolute path"), ("/a=none", "No such file")],
+)
+def test_files_that_cannot_be_added_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], added: str, why: str
+) -> None:
+    target = tmp_path / "guest.cpio"
+    assert main(["vm", "initrd", str(target), "--add", added]) == 2
+    assert why in capsys.readouterr().err
+    assert not target.exists()

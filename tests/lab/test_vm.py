@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,29 @@ def test_a_snapshot_is_taken_in_one_lab_and_restored_in_another(tmp_path: Path) 
     assert back.returncode == 0, back.stderr
     assert "hello Ada" in back.stdout
     assert "one" not in back.stdout
+
+
+def test_a_guest_has_a_guest(tmp_path: Path) -> None:
+    """This same VMM, in a Linux that it booted, boots a Linux."""
+    folder = tmp_path
+    image = str(build.kernel_image())
+    order = {"do": "boot", "image": "/l2/Image", "initrd": "/l2/initrd", "guest": {"memory": 64 << 20}}
+    texts = {
+        "l2.sh": "echo hello from L2; sleep 1; echo L2 ends; poweroff -f\n",
+        "l1.sh": "python3 -S -m prefault.vmm /l2/order /tmp/result; cat /tmp/result; poweroff -f\n",
+        "order": json.dumps({**order, "command_line": "console=ttyAMA0 panic=-1 quiet"}),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    l1, l2 = folder / "l1.cpio", folder / "l2.cpio"
+    assert prefault("vm", "initrd", str(l2), "--script", str(folder / "l2.sh")).returncode == 0
+    added = {"/l2/Image": image, "/l2/initrd": str(l2), "/l2/order": str(folder / "order")}
+    adding = [word for inside, file in added.items() for word in ("--add", f"{inside}={file}")]
+    made = prefault("vm", "initrd", str(l1), "--python", "--script", str(folder / "l1.sh"), *adding)
+    assert made.returncode == 0, made.stderr
+    asked = ("--machine", "lab", "--lab-memory", "3G", "--append", "quiet", "--memory", "512M")
+    nested = prefault("vm", "boot", image, "--el2", "--initrd", str(l1), *asked)
+    assert nested.returncode == 0, nested.stderr
+    assert "hello from L2" in nested.stdout
+    assert "L2 ends" in nested.stdout
+    assert '"why": "shutdown"' in nested.stdout

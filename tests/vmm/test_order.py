@@ -64,6 +64,14 @@ def test_an_order_to_restore_survives(order: Restore) -> None:
     assert restore_from(through_json(plain(order))) == order
 
 
+def test_what_an_order_leaves_out_is_as_usual() -> None:
+    assert boot_from({"image": "I", "initrd": ""}) == Boot("I", "", GuestConfig())
+    assert boot_from({"image": "I", "initrd": "", "guest": {"vcpus": 2}, "watch": {"stop": "x"}}) == Boot(
+        "I", "", GuestConfig(vcpus=2), watch=Watch(stop="x")
+    )
+    assert restore_from({"folder": "F"}) == Restore("F")
+
+
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [

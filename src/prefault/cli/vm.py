@@ -374,14 +374,34 @@ def show(folder: Path) -> None:
     type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
     help="Shell commands for the guest's init in place of a shell on the console; end with `poweroff -f`.",
 )
-def initrd(target: Path, script: Path | None) -> None:
+@click.option(
+    "--python", is_flag=True, help="Python and prefault's VMM besides, for guests that have guests."
+)
+@click.option(
+    "--add",
+    multiple=True,
+    metavar="INSIDE=FILE",
+    help="One more file, at this absolute path inside; repeatable.",
+)
+def initrd(target: Path, script: Path | None, python: bool, add: tuple[str, ...]) -> None:
     """Make a small root file system for guests: busybox, and a script that init runs.
 
-    busybox comes from the lab's own root file system, which is fetched if it is not here yet.
+    What is in it comes from the lab's own root file system, which is fetched if it is not here yet.
     """
-    data = guestfs.archive(script.read_text()) if script else guestfs.archive()
+    commands = script.read_text() if script else guestfs.SHELL
+    data = guestfs.archive(commands, dict(_added(one) for one in add), python=python)
     target.write_bytes(data)
     click.echo(f"{target}: {format_size(-(-len(data) // 4096) * 4096)}", err=True)
+
+
+def _added(text: str) -> tuple[str, bytes]:
+    inside, equals, file = text.partition("=")
+    if not equals or not inside.startswith("/"):
+        raise UsageError(f"--add {text}: write the absolute path inside, =, and the file to put there")
+    try:
+        return inside, Path(file).read_bytes()
+    except OSError as error:
+        raise UsageError(f"--add {text}: {file} cannot be read: {error.strerror}") from error
 
 
 def _backing(name: str) -> Any:

@@ -32,7 +32,8 @@ class JobFile:
     mode: int = 0o644
 
 
-def _package() -> Iterator[cpio.Entry]:
+def package() -> Iterator[cpio.Entry]:
+    """The prefault package, as far as it runs inside, and the libraries that it needs there."""
     top = Path(prefault.__file__).parent
     for path in sorted(top.rglob("*.py")):
         inner = path.relative_to(top)
@@ -60,7 +61,7 @@ def archive(order: Order, files: Mapping[str, bytes | JobFile]) -> bytes:
 
     :raises UsageError: a path of ``files`` is not absolute
     """
-    entries = [*_package(), cpio.file(JOB_FILE, order.to_json().encode())]
+    entries = [*package(), cpio.file(JOB_FILE, order.to_json().encode())]
     for path, content in files.items():
         if not path.startswith("/"):
             raise UsageError(f"{path!r} is not an absolute path: the lab has no current folder to put it in")
@@ -71,4 +72,4 @@ def archive(order: Order, files: Mapping[str, bytes | JobFile]) -> bytes:
 
 def shell_archive() -> bytes:
     """The second archive when a person comes instead of a job."""
-    return cpio.write(_package())
+    return cpio.write(package())

@@ -117,18 +117,23 @@ class Outcome:
 
 
 def boot_from(raw: Mapping[str, Any]) -> Boot:
-    """Read ``dataclasses.asdict`` of a ``Boot`` back from JSON."""
-    return Boot(**{**raw, "guest": GuestConfig.from_json(raw["guest"]), "watch": _watch(raw["watch"])})
+    """A ``Boot`` from JSON. What is left out is as the class has it."""
+    guest = GuestConfig.from_json(raw.get("guest", {}))
+    return Boot(**{**raw, "guest": guest, "watch": _watch(raw.get("watch"))})
 
 
 def restore_from(raw: Mapping[str, Any]) -> Restore:
-    """Read ``dataclasses.asdict`` of a ``Restore`` back from JSON."""
-    ranges = {name: tuple((ipa, size) for ipa, size in raw[name]) for name in ("first", "pre_fault")}
-    return Restore(**{**raw, **ranges, "how": How(raw["how"]), "watch": _watch(raw["watch"])})
+    """A ``Restore`` from JSON. What is left out is as the class has it."""
+    ranges = {name: tuple((ipa, size) for ipa, size in raw.get(name, ())) for name in ("first", "pre_fault")}
+    return Restore(
+        **{**raw, **ranges, "how": How(raw.get("how", How.EAGER)), "watch": _watch(raw.get("watch"))}
+    )
 
 
-def _watch(raw: Mapping[str, Any]) -> Watch:
-    return Watch(**{**raw, "type": tuple((text, typed) for text, typed in raw["type"])})
+def _watch(raw: Mapping[str, Any] | None) -> Watch:
+    if raw is None:
+        return Watch()
+    return Watch(**{**raw, "type": tuple((text, typed) for text, typed in raw.get("type", ()))})
 
 
 def plain(order: Boot | Restore) -> dict[str, object]:
