@@ -19,7 +19,11 @@ from prefault.lab.agent import JOB_FILE, PACKAGE_DIR, Order
 
 _HOST_ONLY = ("cli", "conform", "report")
 """Parts of the package that need more than the standard library."""
-_LAB_PARTS = ("__init__.py", "agent.py", "frames.py")
+_PARTS_OF = {
+    "lab": ("__init__.py", "agent.py", "frames.py"),
+    "faults": ("__init__.py", "capture.py", "captured.py", "plan.py"),
+}
+"""Where only some modules of a part do without more."""
 _LIBRARIES = (fdt,)
 """What parts of the package import inside, besides the standard library."""
 
@@ -39,7 +43,7 @@ def package() -> Iterator[cpio.Entry]:
         inner = path.relative_to(top)
         if inner.parts[0] in _HOST_ONLY:
             continue
-        if inner.parts[0] == "lab" and inner.name not in _LAB_PARTS:
+        if inner.name not in _PARTS_OF.get(inner.parts[0], (inner.name,)):
             continue
         yield from _module(f"prefault/{inner}", path)
     for library in _LIBRARIES:
