@@ -14,8 +14,8 @@ import pytest
 from prefault.cli import vm as command
 from prefault.cli.main import main
 from prefault.lab.job import Job, JobResult
-from prefault.vmm import snapshot
-from prefault.vmm.order import Outcome, Why, boot_from, restore_from
+from prefault.vmm import app, snapshot
+from prefault.vmm.order import Boot, Outcome, Why, boot_from, restore_from
 
 from ..vmm.samples import MEMORY, written
 
@@ -243,3 +243,22 @@ def test_files_that_cannot_be_added_are_refused(
     assert main(["vm", "initrd", str(target), "--add", added]) == 2
     assert why in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_on_this_hosts_kvm_the_vmm_runs_here_and_has_the_keyboard(
+    image: str, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    def boot(order: Boot, *, out: Callable[[bytes], None], stdin: int) -> Outcome:
+        assert order.image == image
+        assert isinstance(stdin, int)
+        out(b"hello\n")
+        return Outcome(
+            Why.SHUTDOWN, faults={"read": 1, "write": 2, "execute": 3, "permission": 1}, strays=[16]
+        )
+
+    monkeypatch.setattr(app, "boot", boot)
+    assert main(["vm", "boot", image]) == 0
+    printed = capsysbinary.readouterr()
+    assert printed.out == b"hello\n"
+    assert b"6 stage-2 faults (1 read, 2 write, 3 execute, 1 permission)" in printed.err
+    assert b"at which it has nothing: 0x10" in printed.err

@@ -37,7 +37,7 @@ def outcomes(module: str, options: MachineOptions, files: Mapping[str, bytes] | 
     job = Job(
         ("python3", "/checks/run.py", f"{PACKAGE}.{module}"),
         {**_files(), "/checks/run.py": RUN, **(files or {})},
-        timeout=300,
+        timeout=500,
     )
     result = run_job(job, options)
     lines = [json.loads(line) for line in result.stdout.splitlines()]

@@ -447,12 +447,21 @@ def _do(command: str, order: Boot | Restore, memory: int, options: _SharedOption
     if output.wants_json():
         console = {"console": said.decode(errors="replace")} if said else {}
         output.emit(command, {"machine": options["machine"], **outcome, **console})
-    elif outcome["faults"]:
-        faults = outcome["faults"]
+    else:
+        _remark(outcome)
+    _judge(outcome, options)
+
+
+def _remark(outcome: Mapping[str, Any]) -> None:
+    """Say what the guest did not."""
+    faults, strays = outcome["faults"], outcome["strays"]
+    if faults:
         parts = ", ".join(f"{number:,} {kind}" for kind, number in faults.items())
         total = faults["read"] + faults["write"] + faults["execute"]
         click.echo(f"prefault: {total:,} stage-2 faults ({parts})", err=True)
-    _judge(outcome, options)
+    if strays:
+        listed = ", ".join(f"{gpa:#x}" for gpa in strays)
+        click.echo(f"prefault: the guest used addresses at which it has nothing: {listed}", err=True)
 
 
 def _here(order: Boot | Restore, sink: Callable[[bytes], None]) -> Mapping[str, Any]:

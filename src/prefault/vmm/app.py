@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from prefault.errors import UsageError
+from prefault.errors import CapabilityMissing, PrefaultError, UsageError
 from prefault.kvm import hugepages
 from prefault.kvm.system import Kvm, open_kvm
 from prefault.kvm.vm import host_page_size
@@ -115,18 +115,30 @@ def _bring_memory(order: Restore, machine: Machine, source: Snapshot, session: S
         return None
     if order.how is How.MAP:
         return None
+    session.pager = _pager(order, machine, source, session)
+    return session.pager
+
+
+def _pager(order: Restore, machine: Machine, source: Snapshot, session: Session) -> Pager:
     guest = machine.guest
     huge = guest.backing is Backing.HUGETLB
-    session.pager = Pager(
-        machine.vm,
-        source,
-        page_size=(guest.huge_page_size or hugepages.default_size()) if huge else host_page_size(),
-        first=ranges.fitted(order.first, RAM_BASE, guest.memory, host_page_size()),
-        checked=order.check,
-        zero_pages=not huge,
-        on_failure=session.fail,
-    )
-    return session.pager
+    try:
+        return Pager(
+            machine.vm,
+            source,
+            page_size=(guest.huge_page_size or hugepages.default_size()) if huge else host_page_size(),
+            first=ranges.fitted(order.first, RAM_BASE, guest.memory, host_page_size()),
+            checked=order.check,
+            zero_pages=not huge,
+            on_failure=session.fail,
+        )
+    except CapabilityMissing:
+        raise
+    except PrefaultError as error:
+        raise CapabilityMissing(
+            f"this kernel does not let userfaultfd bring {guest.backing.value} memory: use another backing, "
+            f"or another way to restore; {error}"
+        ) from error
 
 
 def _pre_fault(order: Restore, machine: Machine) -> tuple[float, int]:

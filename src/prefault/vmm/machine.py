@@ -13,6 +13,7 @@ from typing import Self
 from prefault.abi import arm64, constants
 from prefault.errors import CapabilityMissing
 from prefault.kvm.system import Kvm
+from prefault.kvm.vm import Vm
 from prefault.machine import Backing, MemoryRegion, VcpuConfig, VmConfig
 from prefault.vmm import devicetree
 from prefault.vmm.bus import Bus
@@ -39,7 +40,7 @@ class Machine:
         self, kvm: Kvm, guest: GuestConfig, out: Callable[[bytes], None], *, contents: int = -1
     ) -> None:
         self.guest = guest
-        self.vm = kvm.create_vm(VmConfig())
+        self.vm = _create_vm(kvm)
         try:
             self.vm.gic.set_attribute(arm64.KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, IRQS)
             self.vcpus = [self.vm.create_vcpu(VcpuConfig(el2=guest.el2)) for _ in range(guest.vcpus)]
@@ -126,15 +127,15 @@ def _empty_file(guest: GuestConfig) -> Iterator[int]:
         os.close(fd)
 
 
-def require_gic(kvm: Kvm) -> None:
-    """Say in the guest's words what a host without GICv3 means for it.
+def _create_vm(kvm: Kvm) -> Vm:
+    """A VM with a GICv3; what it means for a guest where there can be none.
 
-    :raises CapabilityMissing: this host cannot give a guest a GICv3
+    :raises CapabilityMissing: there can be none
     """
     try:
-        kvm.create_vm(VmConfig()).close()
+        return kvm.create_vm(VmConfig())
     except CapabilityMissing as error:
         raise CapabilityMissing(
-            "this host's KVM has no GICv3 for guests, and Linux here needs one; "
-            f"the lab has it (--machine lab): {error}"
+            "this host's KVM has no GICv3 for guests, and Linux needs it here: use the lab, which has one "
+            f"(--machine lab); {error}"
         ) from error
