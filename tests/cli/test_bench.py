@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from prefault.bench.cases import Case
 from prefault.bench.measure import Measured
+from prefault.bench.waits import KINDS, Ask, Waits
+from prefault.cli import bench as command
 from prefault.cli.interrupt import INTERRUPTED
 from prefault.cli.main import main
 from prefault.errors import ExitCode, LabLost
@@ -20,6 +23,7 @@ from prefault.lab import compare
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, JobResult
 from prefault.lab.machine import MachineOptions
+from prefault.report.profile import MMU_LOCK, Profile
 
 OLD = Path("page-at-a-time/Image")
 
@@ -162,10 +166,56 @@ def test_a_plot_is_drawn_into_the_file(lab: FakeLab, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["--plot cost.txt", "--no-compare --page-at-a-time IMAGE", "--variant 6.12", "--size 1M", "nobody"],
+    [
+        "--plot cost.txt",
+        "--no-compare --page-at-a-time IMAGE",
+        "--variant 6.12",
+        "--size 1M",
+        "nobody",
+        "--waits thp/*",
+    ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(lab: FakeLab, tmp_path: Path, words: str) -> None:
     image = tmp_path / "Image"
     image.write_bytes(bytes(56) + b"ARM\x64" + bytes(8))
     assert main(["bench", *words.replace("IMAGE", str(image)).split()]) == ExitCode.USAGE
     assert not lab.boots
+
+
+def test_by_function_shows_each_call_and_how_long_the_lock_is_held(
+    monkeypatch: pytest.MonkeyPatch, lab: FakeLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, int, Path | None]] = []
+
+    def fake(case: Case, call: str, boot: in_lab.Boot, settings: in_lab.Settings) -> Profile:
+        asked.append((call, case.size, boot.kernel))
+        return Profile(Counter({f"does_{call}": 512 * len(asked)}), Counter({MMU_LOCK: 10_001}))
+
+    monkeypatch.setattr(command, "profile", fake)
+    assert main(["bench", "--by-function", "private/resident"]) == ExitCode.DONE
+    assert asked == [("demand", 2 << 20, None), ("prefault", 2 << 20, OLD), ("prefault", 2 << 20, None)]
+    text = capsys.readouterr().out
+    assert "does not hold: the mmu_lock is held for 10,001 instructions at most; 10,000" in text
+    assert next(line.split()[1:] for line in text.splitlines() if "does_demand" in line) == ["1.0"]
+
+
+def test_by_function_wants_to_know_which_cases(lab: FakeLab) -> None:
+    assert main(["bench", "--by-function"]) == ExitCode.USAGE
+    assert main(["bench", "--by-function", "--mode", "protected", "private/resident"]) == ExitCode.USAGE
+
+
+def test_waits_are_shown_of_both_kernels(
+    monkeypatch: pytest.MonkeyPatch, lab: FakeLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernels: list[Path | None] = []
+
+    def fake(boot: in_lab.Boot, settings: in_lab.Settings, ask: Ask) -> list[Waits]:
+        kernels.append(boot.kernel)
+        return [Waits(kind, busy, [1000, 2000, 9000]) for kind in KINDS for busy in (False, True)]
+
+    monkeypatch.setattr(in_lab, "waits", fake)
+    assert main(["bench", "--waits"]) == ExitCode.DONE
+    assert kernels == [None, OLD]
+    text = capsys.readouterr().out
+    assert text.count("2 µs") == 2 * 2 * len(KINDS)
+    assert "page at a time: pre-faulting" in text

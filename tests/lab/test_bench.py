@@ -10,9 +10,12 @@ import pytest
 
 from prefault.bench.cases import MIB, choose
 from prefault.bench.measure import Measured
+from prefault.bench.waits import KINDS, Ask
 from prefault.lab import bench
 from prefault.lab.bench import Boot, Settings
+from prefault.lab.profile import profile
 from prefault.report.bench import per_leaf
+from prefault.report.profile import INTERRUPTS, MMU_LOCK, RESCHED
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
@@ -72,3 +75,24 @@ def test_frames_lie_as_the_cases_say() -> None:
     assert found["private/resident"].adjacent is not None
     assert found["private/resident"].adjacent < 0.02
     assert all((found[case].adjacent or 0) > 0.98 for case in found if "contiguous" in case)
+
+
+def test_every_instruction_of_a_call_is_seen() -> None:
+    (case,) = choose(["private/resident"], sizes=(2 * MIB,))
+    seen = profile(case, "prefault", Boot("nested", (case,)), Settings(timeout=300))
+    counted: list[Measured] = []
+    bench.measure(Boot("nested", (case,)), Settings(repeat=3), counted.append)
+    cost = per_leaf(counted[0], "prefault")
+    assert cost is not None
+    assert seen.counts.total() / 512 == pytest.approx(cost, rel=0.05)
+    assert 0 < seen.longest[MMU_LOCK] <= seen.longest[RESCHED] <= seen.counts.total()
+    assert seen.longest[INTERRUPTS] > 0
+
+
+def test_others_go_on_while_memory_is_pre_faulted() -> None:
+    ask = Ask(size=128 * MIB, rounds=2, samples=200)
+    found = bench.waits(Boot("nested", ()), Settings(timeout=300), ask)
+    assert {(one.kind, one.busy) for one in found} == {
+        (kind, busy) for kind in KINDS for busy in (False, True)
+    }
+    assert all(one.ns for one in found)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from rich.console import Console
 from prefault.bench.cases import MIB, Case, choose
 from prefault.bench.measure import Measured
 from prefault.report import bench as report
-from prefault.report.bench import Row
+from prefault.report.bench import Profiled, Row
+from prefault.report.profile import MMU_LOCK, Profile
 
 (PAGES,) = choose(["private/resident"])
 (BLOCKS,) = choose(["thp/resident"])
@@ -110,3 +112,24 @@ def test_the_same_figures_give_the_same_plot(tmp_path: Path, suffix: str) -> Non
         report.plot(rows, file)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert suffix != ".svg" or "pKVM: thp/resident" in files[0].read_text()
+
+
+def test_quantiles_are_values_that_were_measured() -> None:
+    assert report.quantiles(list(range(1000))) == (500, 900, 990, 999)
+    assert report.quantiles([7]) == (7, 7, 7, 7)
+
+
+def test_a_profile_is_divided_by_leaves() -> None:
+    small = Profiled(BLOCKS.sized(8 * MIB), {report.PRE_FAULT: Profile(Counter(kvm_walk=400))})
+    assert small.leaves == 4
+    assert Profiled(PAGES.sized(2 * MIB)).leaves == 512
+    console = Console(width=report.WIDTH)
+    with console.capture() as capture:
+        console.print(report.profile_table(small))
+    assert ["kvm_walk", "100"] in [line.split() for line in capture.get().splitlines()]
+
+
+@pytest.mark.parametrize(("longest", "verdict"), [(10_000, "holds"), (10_001, "does not hold")])
+def test_a_hold_of_the_lock_has_a_limit(longest: int, verdict: str) -> None:
+    one = Profiled(PAGES, {report.PRE_FAULT: Profile(longest=Counter({MMU_LOCK: longest}))})
+    assert report.hold(one).startswith(f"{verdict}: ")

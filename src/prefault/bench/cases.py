@@ -22,6 +22,8 @@ SWEEP = (256 * MIB, 1024 * MIB, 4096 * MIB)
 """Larger sizes that cost must not depend on."""
 AGAIN = 20
 """What a page may cost that is mapped already."""
+HOLD = 10_000
+"""For how many instructions the mmu_lock may be held: for a batch of 512 pages."""
 PKVM_SHARE = 1 / 3
 """What a page may cost under pKVM, of what it costs there page at a time."""
 SPREAD = 0.05

@@ -11,8 +11,9 @@ from typing import Unpack
 import click
 from rich.table import Table
 
-from prefault.bench.cases import SIZE, Case, Context, choose
+from prefault.bench.cases import MIB, SIZE, Case, Context, choose
 from prefault.bench.measure import Measured
+from prefault.bench.waits import Ask, Waits
 from prefault.cli import output
 from prefault.cli.interrupt import results_kept
 from prefault.cli.kernels import KernelOptions, image_of, kernel_options, variant_of
@@ -24,9 +25,10 @@ from prefault.lab import bench as in_lab
 from prefault.lab import build, compare
 from prefault.lab.bench import Boot, Settings
 from prefault.lab.machine import MODES
+from prefault.lab.profile import profile
 from prefault.lab.progress import Progress
 from prefault.report import bench as report
-from prefault.report.bench import Row
+from prefault.report.bench import Profiled, Row
 from prefault.report.units import format_size, plural
 
 EPILOG = """\b
@@ -36,6 +38,7 @@ Examples:
   prefault bench --size 32M --size 4G private/resident
   prefault bench --kernel arch/arm64/boot/Image     judge another kernel
   prefault bench --all --plot cost.svg              everything, and a picture
+  prefault bench --by-function guest-memfd/resident where the instructions go
   prefault bench --list                             what there is
 
 \b
@@ -53,6 +56,8 @@ class _Options(KernelOptions):
     mode: tuple[str, ...]
     compare: bool
     page_at_a_time: Path | None
+    by_function: bool
+    waits: bool
     repeat: int
     memory: int | None
     timeout: float
@@ -85,6 +90,16 @@ class _Options(KernelOptions):
     "--page-at-a-time",
     type=KernelImage(),
     help="The Image of that version, in place of the one that is built from the series.",
+)
+@click.option(
+    "--by-function",
+    is_flag=True,
+    help="Show instead the functions of the kernel that the instructions go to, and how long others wait.",
+)
+@click.option(
+    "--waits",
+    is_flag=True,
+    help="Measure instead how long demand faults and invalidations take while another vCPU pre-faults.",
 )
 @click.option(
     "--repeat",
@@ -121,20 +136,20 @@ def bench(**options: Unpack[_Options]) -> None:
     same figures. NAMES are patterns as in the shell.
     """
     _check_usage(options)
+    if options["waits"]:
+        _waits(options)
+        return
     chosen = choose(options["names"], everything=options["everything"], sizes=options["size"])
     if options["list_only"]:
         _list(chosen)
         return
-    boots = tuple(_plan(chosen, options))
-    settings = Settings(
-        repeat=options["repeat"],
-        timeout=options["timeout"],
-        memory_mib=(options["memory"] or 0) >> 20,
-        append=variant_of(options).arguments,
-    )
+    boots, settings = tuple(_plan(chosen, options)), _settings(options)
     if options["dry_run"]:
         for boot in boots:
             print_command(in_lab.command(boot, settings))
+        return
+    if options["by_function"]:
+        _by_function(boots, settings, options)
         return
     results = _Results(boots)
     started = time.monotonic()
@@ -148,6 +163,15 @@ def bench(**options: Unpack[_Options]) -> None:
     click.get_current_context().exit(interruption.status(status))
 
 
+def _settings(options: _Options) -> Settings:
+    return Settings(
+        repeat=options["repeat"],
+        timeout=options["timeout"],
+        memory_mib=(options["memory"] or 0) >> 20,
+        append=variant_of(options).arguments,
+    )
+
+
 def _check_usage(options: _Options) -> None:
     """What can be said before anything is done.
 
@@ -158,6 +182,15 @@ def _check_usage(options: _Options) -> None:
         raise UsageError(f"--plot {plot}: the name must end in one of {', '.join(PLOTS)}")
     if options["page_at_a_time"] and not options["compare"]:
         raise UsageError("--page-at-a-time names what --no-compare leaves out: give one of them")
+    if options["by_function"] and (not options["names"] or set(options["mode"]) - {"nested"} or plot):
+        raise UsageError(
+            "--by-function takes the names of some cases, draws no plot, and sees only what runs at kernel "
+            "addresses, which under pKVM and nVHE the hypervisor does not: --mode nested"
+        )
+    if options["waits"] and (
+        options["names"] or plot or len(options["mode"]) > 1 or len(options["size"]) > 1
+    ):
+        raise UsageError("--waits has one case of its own and draws no plot: give at most one size and mode")
     if options["variant"] == "6.12" and options["compare"] and not options["page_at_a_time"]:
         raise UsageError("the page-at-a-time version is built of the series for 7.3 only: add --no-compare")
 
@@ -194,6 +227,61 @@ def _plan(chosen: tuple[Case, ...], options: _Options) -> Iterator[Boot]:
             raise UsageError(f"nothing to measure in mode {mode}: nested guests need --mode nested")
 
 
+def _by_function(boots: tuple[Boot, ...], settings: Settings, options: _Options) -> None:
+    """Profile the cases, each call in a boot of its own."""
+    found: list[Profiled] = []
+    with results_kept(lambda: found) as interruption, drawn() as progress:
+        old = _old_kernel(options, progress) if options["compare"] else None
+        for case in next((boot.cases for boot in boots if boot.mode == "nested"), ()):
+            # A whole table of pages, or a few blocks; QEMU writes a line for each instruction.
+            size = 2 * MIB if not case.blocks else max(8 * MIB, case.page_size)
+            small = case if options["size"] else case.sized(size)
+            one = Profiled(small)
+            found.append(one)
+            progress.stage(case.name, 3)
+            for name, call, kernel in (
+                (report.DEMAND, "demand", image_of(options)),
+                (report.PAGE_WISE, "prefault", old),
+                (report.PRE_FAULT, "prefault", image_of(options)),
+            ):
+                if name != report.PAGE_WISE or old:
+                    boot = Boot("nested", (small,), kernel)
+                    one.profiles[name] = profile(small, call, boot, settings)
+                progress.step(name)
+    if output.wants_json():
+        output.emit("bench", {"profiles": [one.to_json() for one in found]})
+    else:
+        for one in found:
+            console = output.stdout(report.WIDTH)
+            console.print(report.profile_table(one))
+            console.print(report.hold(one), soft_wrap=True)
+    click.get_current_context().exit(interruption.status(ExitCode.DONE))
+
+
+def _waits(options: _Options) -> None:
+    """How long others wait, on this kernel and on the page-at-a-time version."""
+    ask = Ask(size=options["size"][0]) if options["size"] else Ask()
+    mode = options["mode"][0] if options["mode"] else "nested"
+    found: dict[str, list[Waits]] = {}
+    with results_kept(lambda: found) as interruption, drawn() as progress:
+        kernels = {"this kernel": image_of(options)}
+        if options["compare"]:
+            kernels[report.PAGE_WISE] = _old_kernel(options, progress)
+        for name, kernel in kernels.items():
+            progress.stage(name)
+            found[name] = in_lab.waits(Boot(mode, (), kernel), _settings(options), ask)
+    if output.wants_json():
+        output.emit("bench", {"size": ask.size, "waits": found})
+    else:
+        output.stdout(report.WIDTH).print(report.waits_table(found))
+    click.get_current_context().exit(interruption.status(ExitCode.DONE))
+
+
+def _old_kernel(options: _Options, progress: Progress) -> Path:
+    """The Image of the page-at-a-time version."""
+    return options["page_at_a_time"] or compare.page_at_a_time(options["variant"], progress)
+
+
 class _Results:
     """What was measured so far."""
 
@@ -207,7 +295,7 @@ class _Results:
         """Measure it all; a lost machine ends it, if there is something to show."""
         boots = list(self.boots)
         if options["compare"]:
-            old = options["page_at_a_time"] or compare.page_at_a_time(options["variant"], progress)
+            old = _old_kernel(options, progress)
             boots += [Boot(boot.mode, boot.cases, old, ioctl_only=True) for boot in self.boots]
         for boot in boots:
             try:

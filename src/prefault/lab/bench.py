@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from prefault.bench.cases import MIB, Case
 from prefault.bench.measure import Measured
+from prefault.bench.waits import KINDS, Ask, Waits
 from prefault.errors import LabError
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, command_line, run_job
@@ -25,6 +26,8 @@ _FILE = "/cases.json"
 _SYSTEM_MIB = 1024
 """What the kernel and Python need, and stage-2 tables, and pages that lie on lists for later."""
 _USUAL_MIB = 3072
+WAIT_CPUS = 3
+"""One for who pre-faults, one for who waits, one for everybody else."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,11 @@ def _set_aside(cases: Sequence[Case]) -> dict[int, int]:
     return found
 
 
-def machine_of(boot: Boot, settings: Settings) -> MachineOptions:
-    """The machine for a boot."""
+def machine_of(boot: Boot, settings: Settings, *, qemu: tuple[str, ...] = ()) -> MachineOptions:
+    """The machine for a boot.
+
+    :param qemu: more arguments for QEMU
+    """
     huge = [
         word
         for size, count in _set_aside(boot.cases).items()
@@ -86,6 +92,7 @@ def machine_of(boot: Boot, settings: Settings) -> MachineOptions:
         mode=boot.mode,
         icount=True,
         append=(*huge, *settings.append),
+        qemu=qemu,
     )
 
 
@@ -136,3 +143,19 @@ def measure(boot: Boot, settings: Settings, tell: Callable[[Measured], None]) ->
 def command(boot: Boot, settings: Settings) -> tuple[str, ...]:
     """QEMU's command line."""
     return command_line(_job(boot, settings), machine_of(boot, settings), kernel=boot.kernel)
+
+
+def waits(boot: Boot, settings: Settings, ask: Ask) -> list[Waits]:
+    """Boot a machine with several CPUs, and see how long others wait for a pre-fault.
+
+    :raises LabError: the machine was lost, ran over its time, or ended without all results
+    """
+    argv = ("python3", "-m", "prefault.bench.waits", json.dumps(asdict(ask)))
+    memory = settings.memory_mib or 2 * (ask.size // MIB) + 2 * _SYSTEM_MIB
+    options = MachineOptions(memory_mib=memory, cpus=WAIT_CPUS, mode=boot.mode, append=settings.append)
+    done = run_job(Job(quietly(argv), timeout=settings.timeout), options, kernel=boot.kernel)
+    found = [Waits(**json.loads(line)) for line in done.stdout.splitlines()]
+    if done.status or len(found) != 2 * len(KINDS):
+        last = "\n".join(done.stderr.decode(errors="replace").strip().splitlines()[-8:])
+        raise LabError(f"measuring ended with status {done.status}; see {done.run_dir}\n{last}")
+    return found

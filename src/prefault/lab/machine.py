@@ -32,6 +32,8 @@ class MachineOptions:
     """Extra kernel arguments."""
     cpu: str = "max"
     mte: bool = False
+    qemu: tuple[str, ...] = ()
+    """More arguments for QEMU itself."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -75,7 +77,7 @@ def _board(options: MachineOptions) -> list[str]:
     argv += ["-smp", str(options.usable_cpus), "-m", f"{options.memory_mib}M"]
     if options.icount:
         argv += ["-icount", "shift=0,sleep=off"]
-    return [*argv, "-nodefaults", "-display", "none", "-no-reboot"]
+    return [*argv, "-nodefaults", "-display", "none", "-no-reboot", *options.qemu]
 
 
 def _boot(options: MachineOptions, kernel: Path, initrd: Path) -> list[str]:

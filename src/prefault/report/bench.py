@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
-from prefault.bench.cases import AGAIN, PKVM_SHARE, SIZE, SPREAD, Case
+from prefault.bench.cases import AGAIN, HOLD, PKVM_SHARE, SIZE, SPREAD, Case
 from prefault.bench.measure import Measured
+from prefault.bench.waits import Waits
 from prefault.machine import Resident
-from prefault.report.units import format_size
+from prefault.report.profile import LONGEST, MMU_LOCK, Profile
+from prefault.report.units import format_duration, format_size
 
 COLUMNS = {
     "demand": "demand fault",
@@ -190,6 +192,108 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
                 f"{row.label}: a demand fault costs {fault:,.0f} on this kernel, {other:,.0f} on that of the "
                 "page-at-a-time version: the fault path is not the same"
             )
+
+
+DEMAND, PAGE_WISE, PRE_FAULT = "demand fault", "page at a time", "pre-fault"
+_SHOWN = 12
+"""Functions of each call that a table names; the others are one row."""
+
+
+@dataclass
+class Profiled:
+    """Where the instructions of a case go.
+
+    :ivar profiles: by what was done: instructions by function, and the longest stretches
+    """
+
+    case: Case
+    profiles: dict[str, Profile] = field(default_factory=dict)
+
+    @property
+    def leaves(self) -> int:
+        """Pages, or blocks where blocks are used; of the sizes that a granule of 4 KiB gives them."""
+        if not self.case.blocks:
+            return self.case.size // 4096
+        return self.case.size // (1 << 30 if self.case.page_size >= 1 << 30 else 2 << 20)
+
+    def to_json(self) -> dict[str, object]:
+        """As JSON types; for the whole size."""
+        return {
+            "case": self.case.to_json(),
+            "leaves": self.leaves,
+            "calls": {
+                name: {"functions": dict(one.counts.most_common()), "longest": dict(one.longest)}
+                for name, one in self.profiles.items()
+            },
+        }
+
+
+def profile_table(one: Profiled) -> Table:
+    """Functions by what they cost, for each leaf; below them the longest stretches."""
+    size = format_size(one.case.size)
+    made = Table(title=f"{one.case.name}, {size}: the kernel's instructions for each leaf", box=None)
+    made.add_column("function", no_wrap=True)
+    for name in one.profiles:
+        made.add_column(name, justify="right", no_wrap=True)
+    counts = [found.counts for found in one.profiles.values()]
+    named = {name for found in counts for name, _ in found.most_common(_SHOWN)}
+    # What is done now comes first, then what it was before.
+    order = sorted(named, key=lambda name: tuple(-found[name] for found in reversed(counts)))
+
+    def add(name: str, values: Iterable[float]) -> None:
+        made.add_row(name, *(_number(value) if value else "" for value in values))
+
+    for name in order:
+        add(name, (found[name] / one.leaves for found in counts))
+    add("all others", ((found.total() - sum(found[name] for name in order)) / one.leaves for found in counts))
+    add("all", (found.total() / one.leaves for found in counts))
+    made.add_row()
+    for what in LONGEST:
+        add(f"longest {what}", (float(found.longest[what]) for found in one.profiles.values()))
+    return made
+
+
+def hold(one: Profiled) -> str:
+    """How long pre-faulting holds the mmu_lock, and whether it may; empty if that was not seen."""
+    found = one.profiles.get(PRE_FAULT)
+    if not found or not found.longest[MMU_LOCK]:
+        return ""
+    longest = found.longest[MMU_LOCK]
+    verdict = "does not hold" if longest > HOLD else "holds"
+    return f"{verdict}: the mmu_lock is held for {longest:,} instructions at most; {HOLD:,} is the limit"
+
+
+WAITED = {"fault": "demand fault of another vCPU", "invalidation": "MADV_DONTNEED of another page"}
+
+
+def waits_table(found: Mapping[str, Sequence[Waits]]) -> Table:
+    """How long others took, without anybody pre-faulting and behind each version of the ioctl.
+
+    :param found: by version
+    """
+    made = Table(title="Time, emulated: how long others take while one vCPU pre-faults", box=None)
+    made.add_column("what", no_wrap=True)
+    made.add_column("meanwhile", no_wrap=True)
+    for heading in ("times", "median", "90 %", "99 %", "longest"):
+        made.add_column(heading, justify="right")
+    for kind, what in WAITED.items():
+        for version, waits in found.items():
+            for one in waits:
+                if one.kind == kind and one.ns:
+                    meanwhile = f"{version}: {'pre-faulting' if one.busy else 'nothing'}"
+                    made.add_row(
+                        what, meanwhile, f"{len(one.ns):,}", *map(format_duration, quantiles(one.ns))
+                    )
+    return made
+
+
+def quantiles(values: Sequence[int]) -> tuple[int, int, int, int]:
+    """Median, 90 %, 99 %, and the longest."""
+    ordered = sorted(values)
+    half, most, nearly = (
+        ordered[min(len(ordered) - 1, len(ordered) * share // 100)] for share in (50, 90, 99)
+    )
+    return half, most, nearly, ordered[-1]
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:
