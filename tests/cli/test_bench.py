@@ -168,6 +168,7 @@ def test_a_plot_is_drawn_into_the_file(lab: FakeLab, tmp_path: Path) -> None:
     "words",
     [
         "--plot cost.txt",
+        "--plot nowhere/cost.svg",
         "--no-compare --page-at-a-time IMAGE",
         "--variant 6.12",
         "--size 1M",

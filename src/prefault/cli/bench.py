@@ -180,6 +180,8 @@ def _check_usage(options: _Options) -> None:
     plot = options["plot"]
     if plot and plot.suffix not in PLOTS:
         raise UsageError(f"--plot {plot}: the name must end in one of {', '.join(PLOTS)}")
+    if plot and not plot.parent.is_dir():
+        raise UsageError(f"--plot {plot}: there is no folder {plot.parent}; make it first")
     if options["page_at_a_time"] and not options["compare"]:
         raise UsageError("--page-at-a-time names what --no-compare leaves out: give one of them")
     if options["by_function"] and (not options["names"] or set(options["mode"]) - {"nested"} or plot):
@@ -335,8 +337,6 @@ class _Results:
 def _print(results: _Results, options: _Options, seconds: float) -> None:
     rows = results.rows()
     missed = report.failures(rows)
-    if options["plot"]:
-        report.plot(rows, options["plot"])
     if output.wants_json():
         output.emit(
             "bench",
@@ -350,9 +350,15 @@ def _print(results: _Results, options: _Options, seconds: float) -> None:
                 "run_dirs": results.folders,
             },
         )
-        return
-    console = output.stdout()
-    console = output.stdout(max(console.width, report.WIDTH))
+    else:
+        _print_table(results, rows, missed, seconds)
+    if options["plot"]:
+        report.plot(rows, options["plot"])
+        click.echo(f"drawn: {options['plot']}", err=True)
+
+
+def _print_table(results: _Results, rows: list[Row], missed: list[str], seconds: float) -> None:
+    console = output.stdout(max(output.stdout().width, report.WIDTH))
     console.print(report.table(rows))
     for line in (*report.remarks(rows), *(f"does not hold: {line}" for line in missed)):
         console.print(line, markup=False, soft_wrap=True)
@@ -363,5 +369,3 @@ def _print(results: _Results, options: _Options, seconds: float) -> None:
     console.print(
         f"{plural(len(rows), 'case')}, {held} of {bars} within what must be reached, {seconds:.0f} s"
     )
-    if options["plot"]:
-        console.print(f"drawn: {options['plot']}", markup=False, soft_wrap=True)
