@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python3 -m prefault.bench.once CASE CALL``: one call that is watched from outside.
+"""``python3 -m prefault.bench.once CASE CALL SPIN``: one call that is watched from outside.
 
 Prints the kernel's symbols, then READY, and keeps busy in user space while whoever watches gets ready; then
-makes the call, and keeps busy until it is ended from outside.
+makes the call, and keeps busy until it is ended from outside. SPIN is how many instructions come before the
+call.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from prefault.kvm import open_kvm
 
 READY = "ready"
 CALLS = ("demand", "prefault", "again")
-_SPIN_NS = 80_000_000
-"""Instructions before the call: half a second of the host's time."""
 _FOREVER_NS = 1 << 60
 
 
@@ -44,7 +43,7 @@ def main() -> int:
         if call == "demand":
             machine.to_walk()
         print(READY, flush=True)
-        _spin(_SPIN_NS)
+        _spin(int(sys.argv[3]))
         if call == "demand":
             machine.walk()
         else:

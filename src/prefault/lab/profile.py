@@ -58,8 +58,18 @@ _I = 0x200
 """The bit of the immediate that is for interrupts."""
 
 
+_SPINS = (80_000_000, 320_000_000, 1_280_000_000)
+"""Instructions that the job waits for the log to be on; more if that was too late, as on a busy host."""
+_BEGIN_SECONDS = 60.0
+"""How long after that the call may begin; as many instructions with the log on take half a minute."""
+
+
 class _Enough(Exception):
     """The call is over."""
+
+
+class _Missed(Exception):
+    """The call was over before the log was on."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ class Window:
         self.over = False
         self._symbols, self._code = symbols, code
         self._known: dict[bytes, tuple[str, int]] = {}
-        self._inside = False
+        self.began = False
         self._last = ""
         self._interrupts = 0
         self._now = 0
@@ -143,8 +153,8 @@ class Window:
             known = self._symbols.function(address), masks(self._code.word(address))
             self._known[match[1]] = known
         name, mask = known
-        self._inside = self._inside or name == _BEGINS
-        if not self._inside:
+        self.began = self.began or name == _BEGINS
+        if not self.began:
             return
         self.found.counts[name] += 1
         if not self._in_interrupt(name):
@@ -194,12 +204,22 @@ def profile(case: Case, call: str, boot: Boot, settings: Settings) -> Profile:
     """
     image = (boot.kernel or build.kernel_image()).read_bytes()
     image = gzip.decompress(image) if image[:2] == b"\x1f\x8b" else image
+    for spin in _SPINS:
+        try:
+            return _profile(case, call, boot, settings, image, spin)
+        except _Missed:
+            continue
+    raise LabError(f"{case.name}: the host is too busy to see the call begin; try again when it is less so")
+
+
+def _profile(case: Case, call: str, boot: Boot, settings: Settings, image: bytes, spin: int) -> Profile:
     with tempfile.TemporaryDirectory(prefix="prefault-profile-") as folder:
         watch = _Watch(Path(folder), image, settings.timeout)
-        argv = quietly(("python3", "-m", "prefault.bench.once", json.dumps(case.to_json()), call))
+        argv = ("python3", "-m", "prefault.bench.once", json.dumps(case.to_json()), call, str(spin))
+        job = Job(quietly(argv), timeout=settings.timeout)
         options = machine_of(boot, settings, qemu=watch.arguments)
         try:
-            done = run_job(Job(argv, timeout=settings.timeout), options, kernel=boot.kernel, on_output=watch)
+            done = run_job(job, options, kernel=boot.kernel, on_output=watch)
         except _Enough:
             assert watch.window
             return watch.window.found
@@ -239,6 +259,9 @@ class _Watch:
             asyncio.run(self._switch_on())
         except (QMPError, OSError) as error:
             raise LabError(f"QEMU's monitor does not answer: {error}") from error
+        reader.join(_BEGIN_SECONDS)
+        if not self.window.began:
+            raise _Missed
         reader.join(self._patience)
         if not self.window.over:
             raise LabError(f"the call that was to be profiled was not seen within {self._patience:g} s")
@@ -247,7 +270,7 @@ class _Watch:
     async def _switch_on(self) -> None:
         client = QMPClient("prefault")
         await client.connect(str(self._socket))
-        for line in (f"logfile {self._log}", "one-insn-per-tb on", "log exec,nochain"):
+        for line in ("stop", f"logfile {self._log}", "one-insn-per-tb on", "log exec,nochain", "cont"):
             answer = await client.execute("human-monitor-command", {"command-line": line})
             if answer:
                 raise LabError(f"QEMU's monitor refuses `{line}`: {answer}")
