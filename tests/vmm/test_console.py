@@ -35,3 +35,12 @@ def test_words_are_noticed_as_soon_as_they_are_said_and_each_time() -> None:
     console.watch("ready", lambda: calls.append(bytes(out)))
     say(console, b"not rea\ndy; readready ready\n")
     assert len(calls) == 2
+
+
+def test_several_may_wait_for_the_same_words() -> None:
+    calls: list[int] = []
+    console = Console(bytearray().extend)
+    console.watch("ready", lambda: calls.append(1))
+    console.watch("ready", lambda: calls.append(2))
+    say(console, b"ready")
+    assert calls == [1, 2]

@@ -22,13 +22,16 @@ class Console:
         self._lock = threading.Lock()
         self._piece = bytearray()
         self._line = bytearray()
-        self._watched: dict[bytes, Callable[[], None]] = {}
+        self._watched: list[tuple[bytes, Callable[[], None]]] = []
         self.size = 0
         self.first: float | None = None
 
     def watch(self, text: str, then: Callable[[], None]) -> None:
-        """Call ``then`` each time a line has ``text`` in it, as soon as it is there whole."""
-        self._watched[text.encode()] = then
+        """Call ``then`` each time a line has ``text`` in it, as soon as it is there whole.
+
+        Several may wait for the same text; they are called in the order in which they came.
+        """
+        self._watched.append((text.encode(), then))
 
     def send(self, byte: int) -> None:
         """Take one byte from the guest."""
@@ -38,7 +41,7 @@ class Console:
             self.size += 1
             self._piece.append(byte)
             self._line.append(byte)
-            for text, then in self._watched.items():
+            for text, then in self._watched:
                 if self._line.endswith(text):
                     then()
             if byte == 10:
