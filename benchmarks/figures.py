@@ -33,6 +33,7 @@ from prefault.scenarios.walk_result import WalkConfig, WalkResult, WalkRun
 TARGET = Path(estimate.__file__).with_name("figures.json")
 ORDINARY = WalkConfig(size=8 << 20, write_permille=0)
 LARGE = WalkConfig(size=32 << 20, write_permille=0)
+MEMORY = tuple(backing for backing in Backing if backing is not Backing.DEVICE)
 NESTED = WalkConfig(size=4 << 20, write_permille=0, nested=True)
 FEW = 16
 """Writes per thousand by an L2: breaking copy-on-write costs a hundred million instructions there."""
@@ -40,7 +41,7 @@ FEW = 16
 
 def configs(base: WalkConfig, writes: int) -> Iterator[WalkConfig]:
     """Each backing in each state, walked by reads alone and with writes."""
-    for backing in Backing:
+    for backing in MEMORY:
         for resident in Resident:
             for permille in (0, writes):
                 yield dataclasses.replace(base, backing=backing, resident=resident, write_permille=permille)
