@@ -83,6 +83,15 @@ def progress_inside_a_block_is_cut_to_the_range(stage: Stage) -> None:
     stage.holds((progress.gpa, progress.size) == (start + 3 * stage.page, 0), f"two blocks gave {progress}")
 
 
+@scenario("M2", "M9")
+def a_range_that_cuts_blocks_is_mapped_to_its_ends(stage: Stage) -> None:
+    vm = stage.vm(stage.data(3 * stage.block // stage.page, Backing.THP))
+    vcpu = stage.vcpu(vm, Marker(0))
+    stage.pre_fault(vcpu, DATA + stage.block - stage.page, stage.block + 2 * stage.page)
+    leaves = stage.leaves(vm)
+    stage.holds(sum(leaf.size for leaf in leaves) == 3 * stage.block, f"a block is missing: {leaves}")
+
+
 @scenario("M2", "M10")
 def range_beyond_the_slot_stops_at_its_end(stage: Stage) -> None:
     vm = stage.vm(stage.data(5))

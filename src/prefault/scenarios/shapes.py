@@ -7,7 +7,7 @@ import errno
 
 from prefault.abi.constants import KVM_CAP_ARM_VM_IPA_SIZE
 from prefault.errors import CapabilityMissing, KvmError, UsageError
-from prefault.guest.program import Execute, Marker, Report, Walk, Write
+from prefault.guest.program import Execute, Marker, Read, Report, Walk, Write
 from prefault.machine import Backing, Failed, Leaf, MemoryRegion, Resident, SlotFlags, Vm, VmConfig
 from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
 
@@ -83,6 +83,23 @@ def slots_that_cut_huge_pages_have_smaller_leaves_at_their_ends(stage: Stage, ki
     region = MemoryRegion(1, start, size, Backing.HUGETLB, page_size=huge)
     found = _same_leaves(stage, region)
     stage.holds(all(region.gpa <= leaf.ipa for leaf in found), "a leaf begins before its slot")
+
+
+@scenarios("M9", "M1", cases=[("contiguous-blocks",), ("large-block",)])
+def blocks_within_a_huge_page_hold_what_the_host_wrote(stage: Stage, kind: str) -> None:
+    huge = _huge(stage, kind)
+    start, blocks = DATA + huge // 2, range(4)
+    region = MemoryRegion(1, start, len(blocks) * stage.block, Backing.HUGETLB, page_size=huge)
+    vm = _huge_vm(stage, region)
+    for block in blocks:
+        vm.write_memory(start + block * stage.block, (0x51 + block).to_bytes(8, "little"))
+    reads = [Read(start + block * stage.block) for block in blocks]
+    vcpu = stage.vcpu(vm, Marker(0), *(step for read in reads for step in (read, Report())))
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, start, region.size)
+    stage.leaves(vm)
+    values = stage.finish(vcpu)
+    stage.holds(values == [0x51 + block for block in blocks], f"the guest read {values}")
 
 
 @scenarios("M9", cases=[("block",), ("contiguous-blocks",)])
