@@ -300,7 +300,7 @@ def shell(dry_run: bool, **choices: Unpack[_MachineChoices]) -> None:
         click.echo(shlex.join(argv))
         return
     try:
-        with _terminal_restored():
+        with runs.held(folder), _terminal_restored():
             status = subprocess.call(argv)  # in our process group: the terminal is QEMU's now
     except FileNotFoundError as error:
         raise ToolMissing(f"{machine.QEMU} is not installed: run `prefault lab build`") from error

@@ -228,7 +228,8 @@ def run_job(
     image = kernel or build.kernel_image()
     run_dir = runs.new()
     try:
-        result = _Run(job, options or MachineOptions(), image, run_dir, on_output).follow()
+        with runs.held(run_dir):
+            result = _Run(job, options or MachineOptions(), image, run_dir, on_output).follow()
     finally:
         for name in ("initrd.cpio", "job.frames"):  # big, and made again from the same inputs
             (run_dir / name).unlink(missing_ok=True)
