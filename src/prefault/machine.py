@@ -280,7 +280,7 @@ class Vcpu(Protocol):
     def registers(self) -> dict[str, bytes]:
         """All registers that user space can read, but for counters, which never rest.
 
-        By architectural name, or by KVM's id in hexadecimal.
+        By architectural name, as assemblers have it where it is not a common one, or by KVM's id.
         """
 
     def close(self) -> None:

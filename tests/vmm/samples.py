@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from prefault.abi import arm64
+from prefault.abi.arm64 import COUNTERS
 from prefault.kvm.vm import host_page_size
 from prefault.vmm import snapshot
 from prefault.vmm.config import MIB, GuestConfig
 from prefault.vmm.saved import Saved
-from prefault.vmm.state import COUNTERS, VcpuState
+from prefault.vmm.state import VcpuState
 from prefault.vmm.uart import Pl011
 
 MEMORY = bytearray(16 * MIB)

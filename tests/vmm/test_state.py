@@ -9,11 +9,12 @@ from typing import cast
 import pytest
 
 from prefault.abi import arm64
+from prefault.abi.arm64 import COUNTERS
 from prefault.errors import KvmError
 from prefault.kvm.device import Device
 from prefault.kvm.vcpu import Vcpu
 from prefault.vmm import state
-from prefault.vmm.state import COUNTERS, Foreign, VcpuState
+from prefault.vmm.state import Foreign, VcpuState
 
 from .samples import PC, SCTLR, V0, VCPU
 

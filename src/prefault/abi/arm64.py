@@ -47,6 +47,8 @@ KVM_REG_ARM64_SYSREG = 0x0013 << KVM_REG_ARM_COPROC_SHIFT
 # number that was meant for another register and is ABI now.
 KVM_REG_ARM_TIMER_CNT = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG | 0xDF1A
 KVM_REG_ARM_PTIMER_CNT = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG | 0xDF01
+COUNTERS = (KVM_REG_ARM_TIMER_CNT, KVM_REG_ARM_PTIMER_CNT)
+"""The virtual and the physical counter. They are the VM's, not a vCPU's, and go on while they are read."""
 
 # Byte offsets of the 64-bit core registers in struct kvm_regs; x0 to x30 come first.
 CORE_OFFSETS = {f"x{number}": 8 * number for number in range(31)} | {
@@ -113,12 +115,6 @@ def system_register_id(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:
     """The id of an AArch64 system register by its encoding (ARM64_SYS_REG)."""
     encoding = op0 << 14 | op1 << 11 | crn << 7 | crm << 3 | op2
     return KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG | encoding
-
-
-COUNTERS = frozenset(
-    system_register_id(3, 3, 14, crm, op2) for crm, op2 in ((0, 1), (0, 2), (0, 5), (0, 6), (3, 2))
-)
-"""The counters of the architected timer, as user space sees them: KVM_REG_ARM_TIMER_CNT is the last."""
 
 
 def register_size(register: int) -> int:

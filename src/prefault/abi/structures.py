@@ -53,7 +53,7 @@ class kvm_enable_cap(ctypes.Structure):
 class kvm_reg_list(ctypes.Structure):
     """The head of KVM_GET_REG_LIST's argument; ``n`` ids of 64 bits follow."""
 
-    _fields_ = [("n", ctypes.c_uint64)]
+    _fields_: ClassVar = [("n", _u64)]
 
 
 class kvm_one_reg(ctypes.Structure):

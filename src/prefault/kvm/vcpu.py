@@ -180,7 +180,7 @@ class Vcpu(Descriptor):
     def registers(self) -> dict[str, bytes]:
         """All registers that user space can read, but for counters, which never rest.
 
-        By architectural name, or by KVM's id in hexadecimal.
+        By architectural name, as assemblers have it where it is not a common one, or by KVM's id.
         """
         return {
             arm64.register_name(register): self.get_register_bytes(register)

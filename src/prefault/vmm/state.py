@@ -21,9 +21,6 @@ from prefault.errors import KvmError, PrefaultError
 from prefault.kvm.device import Device
 from prefault.kvm.vcpu import Vcpu
 
-COUNTERS = (arm64.KVM_REG_ARM_TIMER_CNT, arm64.KVM_REG_ARM_PTIMER_CNT)
-"""The virtual and the physical counter. They are the VM's, not a vCPU's, and go on while they are read."""
-
 _LEVELS_PER_WORD = 32
 
 
@@ -57,7 +54,7 @@ class VcpuState:
 
 def save_vcpu(vcpu: Vcpu) -> VcpuState:
     """All of a vCPU that does not run."""
-    ids = (register for register in vcpu.register_list() if register not in COUNTERS)
+    ids = (register for register in vcpu.register_list() if register not in arm64.COUNTERS)
     return VcpuState(
         {register: vcpu.get_register_bytes(register) for register in ids},
         vcpu.get_mp_state(),
@@ -70,7 +67,7 @@ def restore_vcpu(vcpu: Vcpu, state: VcpuState) -> None:
 
     :raises Foreign: the kernel's list of registers is another one, or it does not take a value
     """
-    _compare_lists(set(vcpu.register_list()) - set(COUNTERS), set(state.registers))
+    _compare_lists(set(vcpu.register_list()) - set(arm64.COUNTERS), set(state.registers))
     refused = []
     for register, value in state.registers.items():
         try:
@@ -113,7 +110,7 @@ def save_counters(vcpu: Vcpu) -> dict[int, int]:
     listed = vcpu.register_list()
     return {
         counter: int.from_bytes(vcpu.get_register_bytes(counter), "little")
-        for counter in COUNTERS
+        for counter in arm64.COUNTERS
         if counter in listed
     }
 
