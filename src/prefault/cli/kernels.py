@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel the lab boots: the options, and what they come to."""
+"""Which kernel the lab boots, and how: the options, and what they come to."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from prefault.cli.values import KernelImage
 from prefault.errors import UsageError
 from prefault.lab import build
+from prefault.lab.machine import MODES
 from prefault.lab.variants import VARIANTS, Variant, of
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
@@ -35,6 +36,24 @@ def kernel_options(command: _Command) -> _Command:
         "--kernel",
         type=KernelImage(),
         help="Lab: boot this arm64 Image in place of the one that was built.",
+    )(command)
+
+
+def lab_options(command: _Command) -> _Command:
+    """Give a command that may run in the lab the options that say how, --dry-run among them."""
+    command = click.option("--dry-run", is_flag=True, help="Lab: print QEMU's command line and do nothing.")(
+        command
+    )
+    command = kernel_options(command)
+    command = click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        default=300,
+        show_default=True,
+        help="Lab: seconds for the whole of it.",
+    )(command)
+    return click.option(
+        "--mode", type=click.Choice(MODES), default="nested", show_default=True, help="Lab: KVM's mode."
     )(command)
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, Unpack
 import click
 
 from prefault.cli import output
-from prefault.cli.kernels import KernelOptions, image_of, kernel_options, variant_of
+from prefault.cli.kernels import KernelOptions, image_of, lab_options, variant_of
 from prefault.cli.values import KernelImage, Size
 from prefault.cli.walks import given, print_command
 from prefault.errors import (
@@ -30,7 +30,7 @@ from prefault.errors import (
 from prefault.lab import guestfs, runs
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, JobFile, JobResult, command_line, run_job
-from prefault.lab.machine import MODES, MachineOptions
+from prefault.lab.machine import MachineOptions
 from prefault.machine import Resident
 from prefault.report.units import format_size
 from prefault.vmm import app, ranges, snapshot
@@ -121,18 +121,7 @@ def _shared_options(command: _Command) -> _Command:
         click.option(
             "--lab-cpus", type=click.IntRange(1, 8), default=2, show_default=True, help="Lab: its CPUs."
         ),
-        click.option(
-            "--mode", type=click.Choice(MODES), default="nested", show_default=True, help="Lab: KVM's mode."
-        ),
-        click.option(
-            "--timeout",
-            type=click.FloatRange(min=0, min_open=True),
-            default=300,
-            show_default=True,
-            help="Lab: seconds for the whole of it.",
-        ),
-        kernel_options,
-        click.option("--dry-run", is_flag=True, help="Lab: print QEMU's command line and do nothing."),
+        lab_options,
     )
     for option in reversed(options):
         command = option(command)

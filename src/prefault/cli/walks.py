@@ -12,11 +12,10 @@ import click
 from click.core import ParameterSource
 
 from prefault.cli import output
-from prefault.cli.kernels import KernelOptions, kernel_options
+from prefault.cli.kernels import KernelOptions, lab_options
 from prefault.cli.values import Percent, Size
 from prefault.errors import CapabilityMissing, ExitCode, LabError, Mismatch, PrefaultError, UsageError
 from prefault.lab.job import JobResult
-from prefault.lab.machine import MODES
 from prefault.machine import Backing, Resident
 from prefault.report.units import format_size, plural
 from prefault.scenarios.walk import WalkConfig, When
@@ -102,18 +101,7 @@ def walk_options(size: str) -> Callable[[_Command], _Command]:
         click.option(
             "--memory", type=Size(), default="2G", show_default=True, help="Lab: memory of the machine."
         ),
-        click.option(
-            "--mode", type=click.Choice(MODES), default="nested", show_default=True, help="Lab: KVM's mode."
-        ),
-        click.option(
-            "--timeout",
-            type=click.FloatRange(min=0, min_open=True),
-            default=300,
-            show_default=True,
-            help="Lab: seconds for the whole of it.",
-        ),
-        kernel_options,
-        click.option("--dry-run", is_flag=True, help="Lab: print QEMU's command line and do nothing."),
+        lab_options,
     )
 
     def add(command: _Command) -> _Command:
