@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prefault.faults import syndrome
-from prefault.faults.recording import Columns
+from prefault.faults.recording import Arrays, Columns
 
 Int64 = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -48,7 +48,7 @@ NAMES = {
 
 
 @dataclass
-class Events:
+class Events(Arrays):
     """Events in order, at least each thread's.
 
     :ivar time: in ns of the trace's clock
@@ -69,13 +69,6 @@ class Events:
     syndrome: npt.NDArray[np.uint64]
     vcpu: npt.NDArray[np.int16]
     epoch: npt.NDArray[np.int32]
-
-    def __len__(self) -> int:
-        return len(self.time)
-
-    def take(self, which: npt.NDArray[np.int64] | Flags) -> Events:
-        """Some of them, in the order asked for."""
-        return Events(*(getattr(self, one.name)[which] for one in fields(self)))
 
 
 def joined(parts: Sequence[Events]) -> Events:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,19 @@ _WORDS = {"kind": KINDS, "access": ACCESSES}
 
 
 @dataclass
-class Columns:
+class Arrays:
+    """Base of dataclasses of arrays of one length, whose values belong together."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def take(self, which: npt.NDArray[Any]) -> Self:
+        """Some of them, in the order asked for: by index, or those that are True."""
+        return type(self)(*(getattr(self, one.name)[which] for one in fields(self)))
+
+
+@dataclass
+class Columns(Arrays):
     """Faults in order of time. Values that are not known are -1, a level is NO_LEVEL.
 
     :ivar time_ns: of the trace's clock
@@ -70,13 +82,6 @@ class Columns:
     level: npt.NDArray[np.int8]
     nested: npt.NDArray[np.int8]
     syndrome: npt.NDArray[np.uint64]
-
-    def __len__(self) -> int:
-        return len(self.time_ns)
-
-    def take(self, which: npt.NDArray[Any]) -> Columns:
-        """Some of them."""
-        return Columns(*(getattr(self, one.name)[which] for one in fields(self)))
 
     def in_order(self) -> Columns:
         """Sorted by time."""
