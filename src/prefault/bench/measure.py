@@ -40,6 +40,7 @@ from prefault.kvm.system import Kvm
 from prefault.kvm.vcpu import Vcpu
 from prefault.kvm.vm import Vm
 from prefault.machine import Backing, MemoryRegion, Resident, VcpuConfig
+from prefault.scenarios.walker import leaves_by_level
 
 CODE = 0x4000_0000
 DATA = 0x1_0000_0000
@@ -222,17 +223,11 @@ class Machine:
 
     def leaves(self) -> dict[str, int]:
         """Leaves of the walked range, by level; none if this kernel does not show them."""
-        counts: dict[str, int] = {}
         try:
             found = self.vm.stage2()
         except (OSError, CapabilityMissing):
             return {}
-        for leaf in found:
-            overlap = min(leaf.ipa + leaf.size, DATA + self._case.size) - max(leaf.ipa, DATA)
-            if overlap > 0:
-                number = -(-overlap // leaf_size(self.page_size, leaf.level))
-                counts[str(leaf.level)] = counts.get(str(leaf.level), 0) + number
-        return counts
+        return leaves_by_level(found, DATA, self._case.size, self.page_size)
 
     def adjacent(self) -> float | None:
         """Share of neighbouring pages with neighbouring frames."""

@@ -261,14 +261,18 @@ class Walker:
         return words
 
     def _count_leaves(self, leaves: Sequence[Leaf]) -> dict[str, int]:
-        """Leaves in the walked range, by level."""
-        counts: dict[str, int] = {}
-        for leaf in leaves:
-            overlap = min(leaf.ipa + leaf.size, DATA + self._config.size) - max(leaf.ipa, DATA)
-            if overlap > 0:
-                number = -(-overlap // leaf_size(self._page_size, leaf.level))
-                counts[str(leaf.level)] = counts.get(str(leaf.level), 0) + number
-        return counts
+        return leaves_by_level(leaves, DATA, self._config.size, self._page_size)
+
+
+def leaves_by_level(leaves: Sequence[Leaf], start: int, size: int, page_size: int) -> dict[str, int]:
+    """How many leaves reach into a range, by level."""
+    counts: dict[str, int] = {}
+    for leaf in leaves:
+        overlap = min(leaf.ipa + leaf.size, start + size) - max(leaf.ipa, start)
+        if overlap > 0:
+            number = -(-overlap // leaf_size(page_size, leaf.level))
+            counts[str(leaf.level)] = counts.get(str(leaf.level), 0) + number
+    return counts
 
 
 def _round_up(value: int, to: int) -> int:
