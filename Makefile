@@ -25,6 +25,7 @@ ifeq ($(LAB),no)
 	@$(BIN)/pytest -m 'not lab'
 else
 	@$(BIN)/prefault lab build --yes || [ $$? = 77 ]
+	@$(BIN)/prefault lab build --yes --arch x86_64 || [ $$? = 77 ]
 	@$(BIN)/pytest
 	@$(BIN)/prefault lab doctor >/dev/null 2>&1 || { echo "make test: the lab's tests were SKIPPED, the others" \
 	  "passed; LAB=no asks for that" >&2; exit 77; }

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import settings
 
 from prefault.errors import PrefaultError
-from prefault.lab import build, rootfs, tools
+from prefault.lab import rootfs, tools
+from prefault.lab.arch import ARM64, X86_64, Architecture
+from prefault.lab.boot import bootable
+from prefault.lab.doctor import make
 
 # A shell starts what runs in the background with SIGINT ignored, and the commands that tests interrupt would
 # inherit that.
@@ -21,39 +24,46 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-SKIPPED = pytest.StashKey[tuple[int, str]]()
+SKIPPED = pytest.StashKey[list[str]]()
 
 
-def why_no_lab() -> str | None:
+def why_no_lab(arch: Architecture = ARM64) -> str | None:
     """Why no job can run on this machine, or None if one can."""
-    lacking = tools.missing(tools.RUN_TOOLS)
+    lacking = tools.missing(tools.run_tools(arch))
     if lacking:
         return "; ".join(f"{tool.name}: {problem}" for tool, problem in lacking.items())
-    if not rootfs.archive().exists():
-        return "no root file system: run `prefault lab build`"
+    if not rootfs.archive(arch).exists():
+        return f"no root file system: run `{make(arch)}`"
     try:
-        build.kernel_image()
+        bootable(arch)
     except PrefaultError as error:
         return str(error)
     return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    wanted = [item for item in items if item.get_closest_marker("lab")]
-    reason = why_no_lab() if wanted else None
-    if reason is None:
-        return
-    for item in wanted:
-        item.add_marker(pytest.mark.skip(reason=f"no lab: {reason}"))
-    config.stash[SKIPPED] = (len(wanted), reason)
+    config.stash[SKIPPED] = []
+    for arch in (ARM64, X86_64):
+        wanted = [item for item in items if lab_of(item) is arch]
+        reason = why_no_lab(arch) if wanted else None
+        if reason is None:
+            continue
+        for item in wanted:
+            item.add_marker(pytest.mark.skip(reason=f"no lab: {reason}"))
+        config.stash[SKIPPED].append(f"lab ({arch.name}): {len(wanted)} tests SKIPPED: {reason}")
+
+
+def lab_of(item: pytest.Item) -> Architecture | None:
+    """The lab that a test needs."""
+    if item.get_closest_marker("lab_x86"):
+        return X86_64
+    return ARM64 if item.get_closest_marker("lab") else None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """After pytest's own closing line, so that nobody takes skipped for passed."""
-    found = config.stash.get(SKIPPED, None)
-    if found is not None:
-        count, reason = found
-        print(f"lab: {count} tests SKIPPED: {reason}")
+    for line in config.stash.get(SKIPPED, []):
+        print(line)
 
 
 @pytest.fixture

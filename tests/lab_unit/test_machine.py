@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefault.errors import UsageError
+from prefault.lab.arch import X86_64
 from prefault.lab.machine import MODES, MachineOptions, job_command, kernel_arguments, shell_command
 
 options = st.builds(
@@ -57,6 +58,33 @@ def test_the_shell_has_the_terminal_and_no_job_port() -> None:
     argv = shell_command(MachineOptions(), Path("/k"), Path("/i"))
     assert value(argv, "-serial") == "mon:stdio"
     assert "virtio-serial-device" not in argv
+
+
+x86_options = st.builds(
+    MachineOptions,
+    cpus=st.integers(1, 8),
+    icount=st.booleans(),
+    append=st.lists(st.text("abc=1", min_size=1), max_size=3).map(tuple),
+    arch=st.just(X86_64),
+)
+
+
+@given(x86_options)
+def test_on_x86_the_cpu_has_nested_paging_and_nothing_is_arm64s(chosen: MachineOptions) -> None:
+    argv = command(chosen)
+    assert argv[0] == "qemu-system-x86_64"
+    assert {"+svm", "+npt"} <= set(value(argv, "-cpu").split(","))
+    words = value(argv, "-append").split()
+    assert "console=ttyS0" in words
+    assert not any("arm" in word for word in words[: len(words) - len(chosen.append)])
+    assert ("tsc_early_khz=1000000" in words) == chosen.icount
+    assert words[len(words) - len(chosen.append) :] == list(chosen.append)
+
+
+@pytest.mark.parametrize("only_arm64", [{"mode": "nvhe"}, {"lpa2": True}, {"mte": True}])
+def test_what_only_arm64_has_is_refused_on_x86(only_arm64: dict[str, str | bool]) -> None:
+    with pytest.raises(UsageError, match="arm64, not of x86_64"):
+        MachineOptions(arch=X86_64, **only_arm64)  # type: ignore[arg-type]  # of three types
 
 
 @pytest.mark.parametrize(

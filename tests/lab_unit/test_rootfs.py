@@ -66,7 +66,7 @@ def test_a_machine_boots_from_the_root_file_system_and_what_is_put_on_top(
 ) -> None:
     base, rest = tmp_path / "base.cpio", cpio.write([cpio.file("etc/one", b"1")])
     base.write_bytes(cpio.write([cpio.folder("etc")]))
-    monkeypatch.setattr(rootfs, "base", lambda: base)
+    monkeypatch.setattr(rootfs, "base", lambda arch: base)
     rootfs.put_initrd(tmp_path / "initrd", rest)
     assert (tmp_path / "initrd").read_bytes() == base.read_bytes() + rest
     assert len(base.read_bytes()) % 4 == 0  # the kernel looks for the next archive at a multiple of 4

@@ -12,6 +12,7 @@ import click
 from prefault.cli.values import KernelImage
 from prefault.errors import UsageError
 from prefault.lab import build
+from prefault.lab.arch import ARCHITECTURES, ARM64, Architecture
 from prefault.lab.machine import MODES
 from prefault.lab.variants import VARIANTS, Variant, of
 
@@ -37,6 +38,40 @@ def kernel_options(command: _Command) -> _Command:
         type=KernelImage(),
         help="Lab: boot this arm64 Image in place of the one that was built.",
     )(command)
+
+
+class ArchOptions(TypedDict):
+    """What ``arch_option`` gives."""
+
+    arch: str
+
+
+def arch_option(command: _Command) -> _Command:
+    """Give a command the option --arch."""
+    return click.option(
+        "--arch",
+        type=click.Choice(list(ARCHITECTURES)),
+        default=ARM64.name,
+        show_default=True,
+        help="Lab: the machine's architecture; x86_64 boots Debian's own kernel, as it is.",
+    )(command)
+
+
+def arch_of(options: ArchOptions) -> Architecture:
+    """The architecture that was chosen."""
+    return ARCHITECTURES[options["arch"]]
+
+
+def refuse_arm64_kernels(options: KernelOptions, arch: Architecture) -> None:
+    """Refuse options about arm64's kernels where another architecture is asked for.
+
+    :raises UsageError: one was given
+    """
+    given = [f"--{name}" for name in ("kernel", "variant") if options[name]]
+    if given and arch is not ARM64:
+        raise UsageError(
+            f"{' and '.join(given)}: on {arch.name} the lab boots Debian's own kernel; leave it out"
+        )
 
 
 def lab_options(command: _Command) -> _Command:

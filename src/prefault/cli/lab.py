@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``prefault lab``: the machine in which an arm64 KVM runs on any Linux host."""
+"""``prefault lab``: the machine in which an arm64 KVM, or for comparison x86's, runs on any Linux host."""
 
 from __future__ import annotations
 
@@ -16,14 +16,25 @@ import click
 from rich.table import Table
 
 from prefault.cli import output
-from prefault.cli.kernels import KernelOptions, image_of, kernel_options, variant_of
+from prefault.cli.kernels import (
+    ArchOptions,
+    KernelOptions,
+    arch_of,
+    arch_option,
+    image_of,
+    kernel_options,
+    refuse_arm64_kernels,
+    variant_of,
+)
 from prefault.cli.progress import drawn
 from prefault.cli.values import Size
 from prefault.errors import ExitCode, ToolMissing, UsageError
 from prefault.lab import build as lab_build
 from prefault.lab import clean as lab_clean
 from prefault.lab import doctor as lab_doctor
-from prefault.lab import machine, payload, rootfs, runs, tools
+from prefault.lab import machine, payload, runs, stock, tools
+from prefault.lab.arch import ARCHITECTURES, ARM64, Architecture
+from prefault.lab.boot import bootable
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, JobFile, JobResult, JobSplat, command_line, run_job
 from prefault.lab.machine import MODES, MachineOptions
@@ -46,7 +57,7 @@ def lab() -> None:
     """
 
 
-class _MachineChoices(KernelOptions):
+class _MachineChoices(KernelOptions, ArchOptions):
     memory: int
     cpus: int
     mode: str
@@ -69,6 +80,7 @@ def _machine_options(command: _Command) -> _Command:
         click.option("--mte", is_flag=True, help="Memory tagging."),
         click.option("--append", multiple=True, metavar="ARG", help="Extra kernel argument; repeatable."),
         kernel_options,
+        arch_option,
     )
     for option in reversed(options):
         command = option(command)
@@ -76,7 +88,9 @@ def _machine_options(command: _Command) -> _Command:
 
 
 def _chosen_machine(choices: _MachineChoices) -> MachineOptions:
+    refuse_arm64_kernels(choices, arch_of(choices))
     return MachineOptions(
+        arch=arch_of(choices),
         memory_mib=choices["memory"] >> 20,
         cpus=choices["cpus"],
         mode=choices["mode"],
@@ -88,13 +102,14 @@ def _chosen_machine(choices: _MachineChoices) -> MachineOptions:
 
 
 @lab.command()
+@arch_option
 @output.json_option
-def doctor() -> None:
+def doctor(arch: str) -> None:
     """Say what the lab has on this machine, what it lacks, and how to get that.
 
     Exit status 0 if a job can run now, 77 if not.
     """
-    findings = lab_doctor.examine()
+    findings = lab_doctor.examine(ARCHITECTURES[arch])
     able = lab_doctor.can_run(findings)
     if output.wants_json():
         output.emit("lab doctor", {"can_run": able, "findings": findings})
@@ -123,14 +138,25 @@ def doctor() -> None:
     + ".",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Parallel compilers; one per CPU if not given.")
+@arch_option
 @click.option("--dry-run", is_flag=True, help="Print the command lines and run none.")
 @output.json_option
-def build(yes: bool, source: Path | None, variant: str | None, jobs: int | None, dry_run: bool) -> None:
+def build(
+    yes: bool, source: Path | None, variant: str | None, jobs: int | None, arch: str, dry_run: bool
+) -> None:
     """Build the lab's kernel and root file system; do nothing if they are there and right.
 
     Checks each patch of the series with checkpatch.pl --strict, and what it touches with W=1. The kernel
     that was built last is the one that runs use. Variants are built and kept beside it, without these checks.
+
+    For x86_64 nothing is built: Debian's own kernel is fetched, with the modules that a run needs.
     """
+    chosen = ARCHITECTURES[arch]
+    if chosen.stock:
+        if source or variant or jobs:
+            raise UsageError(f"--source, --variant and --jobs are about building, and {arch} builds nothing")
+        _fetch(chosen, yes, dry_run)
+        return
     lacking = tools.missing()
     if dry_run:
         plan = tools.plan(lacking).commands if lacking else ()
@@ -148,7 +174,25 @@ def build(yes: bool, source: Path | None, variant: str | None, jobs: int | None,
         click.echo(f"kernel {record.version} with {len(record.series)} patches: {built.image}", err=True)
 
 
-def _install(lacking: dict[tools.Tool, str], yes: bool) -> None:
+def _fetch(arch: Architecture, yes: bool, dry_run: bool) -> None:
+    """Have Debian's own kernel for an architecture."""
+    lacking = tools.missing(tools.needed_for(arch))
+    if dry_run:
+        plan = tools.plan(lacking).commands if lacking else ()
+        for command in (*plan, *stock.commands(arch)):
+            click.echo(shlex.join(command))
+        return
+    if lacking:
+        _install(lacking, yes, arch)
+    with drawn() as progress:
+        kernel = stock.fetch(arch, progress)
+    if output.wants_json():
+        output.emit("lab build", {"image": kernel.image, "folder": kernel.folder, "record": kernel.record})
+    else:
+        click.echo(f"Debian's kernel {kernel.record.version} for {arch.name}: {kernel.image}", err=True)
+
+
+def _install(lacking: dict[tools.Tool, str], yes: bool, arch: Architecture = ARM64) -> None:
     """Install what is missing, if the user agrees.
 
     :raises ToolMissing: the user does not, or cannot be asked
@@ -158,7 +202,7 @@ def _install(lacking: dict[tools.Tool, str], yes: bool) -> None:
     click.echo(f"Missing on this machine:\n{listed}\nThis would install it:\n{plan}", err=True)
     if not yes:
         if not sys.stdin.isatty():
-            raise ToolMissing(f"packages must be installed; run `prefault lab build --yes`, or:\n{plan}")
+            raise ToolMissing(f"packages must be installed; run `{lab_doctor.install(arch)}`, or:\n{plan}")
         if not click.confirm("Install?", err=True):
             raise ToolMissing(f"nothing was installed; to do it yourself:\n{plan}")
     with drawn() as progress:
@@ -291,11 +335,12 @@ def shell(dry_run: bool, **choices: Unpack[_MachineChoices]) -> None:
     """Open a console in the lab; leave with `exit` or Ctrl-A x."""
     if not (dry_run or sys.stdin.isatty()):
         raise UsageError("the shell needs a terminal: use `prefault lab run` for scripts")
-    image = image_of(choices) or lab_build.kernel_image()
+    options = _chosen_machine(choices)
+    kernel = bootable(options.arch, image_of(choices))
     folder = runs.dry() if dry_run else runs.new()
     initrd = folder / "initrd.cpio"
-    rootfs.put_initrd(initrd, payload.shell_archive())
-    argv = machine.shell_command(_chosen_machine(choices), image, initrd)
+    kernel.put_initrd(initrd, payload.shell_archive())
+    argv = machine.shell_command(options, kernel.image, initrd)
     if dry_run:
         click.echo(shlex.join(argv))
         return
@@ -303,7 +348,7 @@ def shell(dry_run: bool, **choices: Unpack[_MachineChoices]) -> None:
         with runs.held(folder), _terminal_restored():
             status = subprocess.call(argv)  # in our process group: the terminal is QEMU's now
     except FileNotFoundError as error:
-        raise ToolMissing(f"{machine.QEMU} is not installed: run `prefault lab build`") from error
+        raise ToolMissing(f"{argv[0]} is not installed: run `{lab_doctor.install(options.arch)}`") from error
     finally:
         initrd.unlink(missing_ok=True)
     click.get_current_context().exit(ExitCode.DONE if status == 0 else ExitCode.LAB_LOST)
@@ -356,6 +401,10 @@ def selftest(names: tuple[str, ...], timeout: float, **choices: Unpack[_MachineC
 
     Exit status 0 if none failed, 1 if one did, 77 if all were skipped.
     """
+    if arch_of(choices).stock:
+        raise UsageError(
+            "the kernel's selftests are built with it, and x86_64 builds nothing: leave --arch out"
+        )
     kernel = image_of(choices)
     built = lab_build.current(choices["variant"])
     verdicts = {}

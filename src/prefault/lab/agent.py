@@ -217,7 +217,7 @@ def main() -> None:
     """Run the job that the host put here."""
     device = find_port()
     if device is None:
-        print("prefault: no job port; the kernel needs CONFIG_VIRTIO_MMIO and CONFIG_VIRTIO_CONSOLE")
+        print("prefault: no job port; the kernel needs CONFIG_VIRTIO_CONSOLE, and VIRTIO_MMIO or VIRTIO_PCI")
         power_off()
         return
     port = Port(os.open(device, os.O_WRONLY))

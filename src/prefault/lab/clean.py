@@ -9,6 +9,7 @@ from prefault.lab import cache
 
 PARTS = {
     "kernel": ("kernel",),
+    "stock": ("stock",),
     "rootfs": ("rootfs",),
     "packages": ("apt",),
     "runs": ("runs",),

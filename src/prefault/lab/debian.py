@@ -178,6 +178,21 @@ class PrivateApt:
                 found.setdefault(suite, []).append(version)
         return found
 
+    def dependencies(self, package: str) -> list[str]:
+        """Names of all packages that a package needs, directly or not; of those that are not there, too.
+
+        :raises ToolMissing: there is no such package
+        """
+        only = [f"--no-{kind}" for kind in ("recommends", "suggests", "conflicts", "breaks", "replaces")]
+        listed = process.check(
+            self.command("apt-cache", "depends", "--recurse", "--no-enhances", *only, package),
+            failure=ToolMissing,
+            hint=f"apt knows no {package}",
+        )
+        return sorted(
+            {line.partition(":")[0] for line in listed.splitlines() if line and not line[0].isspace()}
+        )
+
     def download(self, packages: tuple[str, ...], folder: Path) -> list[Path]:
         """Fetch package files into ``folder``, checksums checked by apt.
 

@@ -20,8 +20,9 @@ from subprocess import Popen
 from typing import BinaryIO
 
 from prefault.errors import JobTimeout, LabLost, Splat
-from prefault.lab import build, machine, payload, process, rootfs, runs, splat
+from prefault.lab import machine, payload, process, runs, splat
 from prefault.lab.agent import Order
+from prefault.lab.boot import Bootable, bootable
 from prefault.lab.frames import BadFrame, Decoder, Frame, Kind
 from prefault.lab.machine import MachineOptions
 from prefault.lab.payload import JobFile
@@ -128,7 +129,7 @@ class _Run:
     """A machine at work."""
 
     def __init__(
-        self, job: Job, options: MachineOptions, kernel: Path, run_dir: Path, on_output: OnOutput | None
+        self, job: Job, options: MachineOptions, kernel: Bootable, run_dir: Path, on_output: OnOutput | None
     ) -> None:
         self._job = job
         self._pulse = _PULSE[options.icount]
@@ -138,13 +139,13 @@ class _Run:
         self._decoder = Decoder()
         self.argv = machine.job_command(
             options,
-            kernel,
+            kernel.image,
             run_dir / "initrd.cpio",
             console=run_dir / "console.log",
             port=run_dir / "job.frames",
         )
         order = Order(job.argv, job.collect, self._pulse.every)
-        rootfs.put_initrd(run_dir / "initrd.cpio", payload.archive(order, job.files))
+        kernel.put_initrd(run_dir / "initrd.cpio", payload.archive(order, job.files))
         (run_dir / "command").write_text(shlex.join(self.argv) + "\n")
 
     def follow(self) -> JobResult:
@@ -217,7 +218,7 @@ def run_job(
 ) -> JobResult:
     """Boot the lab, run the job, and bring back what it gave.
 
-    :param kernel: an arm64 Image; None is the one that `prefault lab build` made
+    :param kernel: an image; None is the one that `prefault lab build` made
     :param on_output: told output as it comes; it is in the result as well
     :returns: the result, whatever the job's own status
     :raises ToolMissing: QEMU, the kernel or the root file system is not here and cannot be made
@@ -225,11 +226,12 @@ def run_job(
     :raises LabLost: the machine hung, panicked or died
     :raises JobSplat: the kernel log has a splat; .result has what came back
     """
-    image = kernel or build.kernel_image()
+    options = options or MachineOptions()
+    booted = bootable(options.arch, kernel)
     run_dir = runs.new()
     try:
         with runs.held(run_dir):
-            result = _Run(job, options or MachineOptions(), image, run_dir, on_output).follow()
+            result = _Run(job, options, booted, run_dir, on_output).follow()
     finally:
         for name in ("initrd.cpio", "job.frames"):  # big, and made again from the same inputs
             (run_dir / name).unlink(missing_ok=True)
@@ -243,5 +245,5 @@ def command_line(
     job: Job, options: MachineOptions | None = None, *, kernel: Path | None = None
 ) -> tuple[str, ...]:
     """QEMU's command line for a job, its files in place so that it can be run as printed."""
-    image = kernel or build.kernel_image()
-    return _Run(job, options or MachineOptions(), image, runs.dry(), None).argv
+    options = options or MachineOptions()
+    return _Run(job, options, bootable(options.arch, kernel), runs.dry(), None).argv

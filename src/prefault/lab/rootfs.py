@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab's root file system: busybox and Python 3.11 from Debian's arm64 packages, as one cpio.
+"""The lab's root file system: busybox and Python 3.11 from Debian's packages, as one cpio.
 
 The archive is not compressed: unpacking gzip under emulation costs more than loading the bytes. Python's
 library comes with its byte code where the host's Python can make it, because compiling under emulation
@@ -13,9 +13,11 @@ import importlib.util
 import marshal
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from prefault.lab import cache, cpio, debian
+from prefault.lab.arch import ARM64, Architecture
 
 SUITE = "bookworm"
 PACKAGES = (
@@ -37,9 +39,9 @@ LAB_PYTHON_MAGIC = (3495).to_bytes(2, "little") + b"\r\n"
 UNPACKED_MIB = 256
 
 _LIBRARY = "usr/lib/python3.11"
-_KEEP = ("bin/busybox", "lib/", "usr/bin/python3.11", _LIBRARY + "/", "usr/lib/aarch64-linux-gnu/")
+_KEEP = ("bin/busybox", "lib/", "usr/bin/python3.11", _LIBRARY + "/", "usr/lib/{triplet}/")
 _DROP = (
-    "usr/lib/aarch64-linux-gnu/gconv/",
+    "usr/lib/{triplet}/gconv/",
     *(
         f"{_LIBRARY}/{name}"
         for name in (
@@ -68,7 +70,7 @@ _DROP = (
             "lib-dynload/_lzma",
             "lib-dynload/_uuid",
             "lib-dynload/nis",
-            "config-3.11-aarch64-linux-gnu/",
+            "config-3.11-{triplet}/",
         )
     ),
 )
@@ -95,9 +97,31 @@ setsid cttyhack sh
 poweroff -f
 """
 
+MODULES = "lib/modules"
+"""Where the modules of a kernel that is not the lab's own lie, in the order in which they are loaded."""
+_LOAD_MODULES = f"""for module in /{MODULES}/*.ko; do insmod "$module"; done
+"""
 
-def _wanted(name: str) -> bool:
-    return name.startswith(_KEEP) and not name.startswith(_DROP) and "/__pycache__/" not in name
+
+@dataclass(frozen=True)
+class _Content:
+    """What the root file system of an architecture is made of."""
+
+    keep: tuple[str, ...]
+    drop: tuple[str, ...]
+    init: str
+
+    def wants(self, name: str) -> bool:
+        return name.startswith(self.keep) and not name.startswith(self.drop) and "/__pycache__/" not in name
+
+
+def _content(arch: Architecture) -> _Content:
+    keep = tuple(name.format(triplet=arch.triplet) for name in _KEEP)
+    drop = tuple(name.format(triplet=arch.triplet) for name in _DROP)
+    if not arch.stock:
+        return _Content(keep, drop, INIT)
+    # The loader of programs lies in a folder of its own there.
+    return _Content((*keep, "lib64/"), drop, INIT.replace("export HOME", _LOAD_MODULES + "export HOME"))
 
 
 def byte_code(name: str, source: Path) -> cpio.Entry | None:
@@ -121,38 +145,40 @@ def byte_code(name: str, source: Path) -> cpio.Entry | None:
     return cpio.file(cached, header + marshal.dumps(code))
 
 
-def _entries(unpacked: Path) -> Iterator[cpio.Entry]:
+def _entries(unpacked: Path, content: _Content) -> Iterator[cpio.Entry]:
     for name in ("dev", "proc", "sys", "tmp", "root", "run", "bin", "usr/bin", "etc"):
         yield cpio.folder(name)
     yield cpio.character_device("dev/console", 5, 1)
     yield cpio.character_device("dev/null", 1, 3, 0o666)
-    yield cpio.file("init", INIT.encode(), 0o755)
+    yield cpio.file("init", content.init.encode(), 0o755)
     yield cpio.link("usr/bin/python3", "python3.11")
     for entry in cpio.tree(unpacked):
-        if _wanted(entry.name):
+        if content.wants(entry.name):
             yield entry
             compiled = byte_code(entry.name, unpacked / entry.name)
             if compiled is not None:
                 yield compiled
 
 
-def _recipe() -> str:
-    parts = (SUITE, *PACKAGES, *_KEEP, *_DROP, INIT, repr(importlib.util.MAGIC_NUMBER == LAB_PYTHON_MAGIC))
+def _recipe(content: _Content) -> str:
+    compiles = repr(importlib.util.MAGIC_NUMBER == LAB_PYTHON_MAGIC)
+    parts = (SUITE, *PACKAGES, *content.keep, *content.drop, content.init, compiles)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def archive() -> Path:
+def archive(arch: Architecture = ARM64) -> Path:
     """Where the archive is, or will be once it is made."""
-    return cache.root() / "rootfs" / f"{_recipe()}.cpio"
+    top = cache.root() / "rootfs"
+    return (top if arch is ARM64 else top / arch.name) / f"{_recipe(_content(arch))}.cpio"
 
 
-def base() -> Path:
+def base(arch: Architecture = ARM64) -> Path:
     """The root file system's archive, made if it is not in the cache.
 
     :raises ToolMissing: no apt, no Debian mirror, or the packages cannot be fetched
     :raises LabError: the disk is full
     """
-    made = archive()
+    made = archive(arch)
     if made.exists():
         return made
     with cache.locked("rootfs"):
@@ -160,28 +186,29 @@ def base() -> Path:
             return made
         cache.remove_leftovers(made.parent)
         cache.need_space(made.parent, UNPACKED_MIB << 20, "the root file system")
-        _make(made)
+        _make(made, arch)
         for old in made.parent.glob("*.cpio"):
             if old != made:
                 old.unlink()
     return made
 
 
-def put_initrd(target: Path, rest: bytes) -> None:
+def put_initrd(target: Path, rest: bytes, arch: Architecture = ARM64) -> None:
     """Write what a machine boots from: the root file system, and ``rest`` on top of it."""
-    shutil.copyfile(base(), target)
+    shutil.copyfile(base(arch), target)
     with target.open("ab") as file:
         file.write(rest)
 
 
-def _make(target: Path) -> None:
-    source = debian.Source(debian.main_mirror(), SUITE, "arm64")
-    apt = debian.PrivateApt(cache.root() / "apt" / "rootfs", (source,))
+def _make(target: Path, arch: Architecture) -> None:
+    source = debian.Source(debian.main_mirror(), SUITE, arch.debian)
+    place = "rootfs" if arch is ARM64 else f"rootfs-{arch.name}"
+    apt = debian.PrivateApt(cache.root() / "apt" / place, (source,))
     apt.update()
     with cache.scratch_folder(target.parent) as work:
         packages = work / "packages"
         unpacked = work / "tree"
         packages.mkdir()
-        for package in apt.download(tuple(f"{name}:arm64" for name in PACKAGES), packages):
+        for package in apt.download(tuple(f"{name}:{arch.debian}" for name in PACKAGES), packages):
             debian.unpack(package, unpacked)
-        cache.write_file(target, cpio.write(_entries(unpacked)))
+        cache.write_file(target, cpio.write(_entries(unpacked, _content(arch))))

@@ -16,10 +16,11 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from prefault.errors import LabError, ToolMissing
 from prefault.lab import cache, debian, process
-from prefault.lab.machine import QEMU
+from prefault.lab.arch import ARCHITECTURES, ARM64, Architecture
 
 NATIVE = platform.machine() == "aarch64"
 CROSS_COMPILE = "" if NATIVE else "aarch64-linux-gnu-"
@@ -51,19 +52,20 @@ def _ask(argv: list[str], text: str = "") -> tuple[int, str]:
     return done.returncode, done.stdout.decode(errors="replace")
 
 
-def qemu_version() -> str | None:
+def qemu_version(arch: Architecture = ARM64) -> str | None:
     """Version of the QEMU that is installed."""
-    found = re.search(r"version (\S+)", _ask([QEMU, "--version"])[1])
+    found = re.search(r"version (\S+)", _ask([arch.qemu, "--version"])[1])
     return found[1] if found else None
 
 
-def _check_qemu() -> str | None:
+def _check_qemu(arch: Architecture) -> str | None:
     # FEAT_NV2 cannot be asked for; the board of a release that has it can.
-    status, boards = _ask([QEMU, "-machine", "help"])
+    status, boards = _ask([arch.qemu, "-machine", "help"])
     if status == 127:
         return "not installed"
-    if f"virt-{QEMU_MAJOR}.0 " not in boards:
-        return f"version {qemu_version()} has no nested virtualisation; {QEMU_MAJOR}.0 or later is needed"
+    if f"{arch.board}-{QEMU_MAJOR}.0 " not in boards:
+        version = qemu_version(arch)
+        return f"version {version} has no nested virtualisation; {QEMU_MAJOR}.0 or later is needed"
     return None
 
 
@@ -95,8 +97,13 @@ def _check_perl() -> str | None:
 _CROSS = () if NATIVE else ("gcc-aarch64-linux-gnu",)
 _CROSS_LIBC = ("libc6-dev",) if NATIVE else ("libc6-dev-arm64-cross",)
 
-RUN_TOOLS = (Tool(QEMU, ("qemu-system-arm",), "the machine", _check_qemu),)
-"""What a run needs once there is a kernel."""
+
+def run_tools(arch: Architecture = ARM64) -> tuple[Tool, ...]:
+    """What a run needs once there is a kernel."""
+    return (Tool(arch.qemu, (arch.qemu_package,), "the machine", partial(_check_qemu, arch)),)
+
+
+RUN_TOOLS = run_tools()
 
 BUILD_TOOLS = (
     Tool("gcc", ("gcc", "libc6-dev"), "programs of the kernel's own build", _check_host_compiler),
@@ -112,6 +119,11 @@ BUILD_TOOLS = (
     Tool("xz", ("xz-utils",), "unpacking the source", _present("xz")),
 )
 ALL_TOOLS = (*RUN_TOOLS, *BUILD_TOOLS)
+
+
+def needed_for(arch: Architecture) -> tuple[Tool, ...]:
+    """What it takes to have the lab of an architecture, and to run it. Debian's own kernel is not built."""
+    return run_tools(arch) if arch.stock else ALL_TOOLS
 
 
 def missing(wanted: Iterable[Tool] = ALL_TOOLS) -> dict[Tool, str]:
@@ -172,17 +184,19 @@ def plan(tools: Iterable[Tool]) -> Plan:
     with cache.locked("apt-tools"):
         apt.update()
     tools = tuple(tools)
-    plain = sorted({name for tool in tools if tool.name != QEMU for name in tool.packages})
+    emulators = {arch.qemu for arch in ARCHITECTURES.values()}
+    plain = sorted({name for tool in tools if tool.name not in emulators for name in tool.packages})
     commands = [_install(apt, plain)] if plain else []
-    if any(tool.name == QEMU for tool in tools):
-        commands.append(_install(apt, ("qemu-system-arm",), *_qemu_suite(apt)))
+    for tool in tools:
+        if tool.name in emulators:
+            commands.append(_install(apt, tool.packages, *_qemu_suite(apt, tool.packages[0])))
     return Plan(tuple(commands))
 
 
-def _qemu_suite(apt: debian.PrivateApt) -> tuple[str, ...]:
+def _qemu_suite(apt: debian.PrivateApt, package: str) -> tuple[str, ...]:
     """Options that choose the suite QEMU comes from: the machine's own if that is new enough."""
     own, backports = debian.codename(), f"{debian.codename()}-backports"
-    offers = apt.offers("qemu-system-arm")
+    offers = apt.offers(package)
     for suite, options in ((own, ()), (backports, ("--target-release", backports))):
         if any(_major(version) >= QEMU_MAJOR for version in offers.get(suite, ())):
             return options
