@@ -367,6 +367,9 @@ class Vm(Protocol):
     def install(self, program: Program) -> None:
         """Write the code and data of a guest program into guest memory."""
 
+    def program_size(self, program: Program) -> int:
+        """How much guest memory a program takes, from its base on."""
+
     def read_memory(self, gpa: int, size: int) -> bytes:
         """Guest memory as the host sees it."""
 
@@ -450,6 +453,10 @@ class Kvm(Protocol):
     @property
     def page_size(self) -> int:
         """The host's page size."""
+
+    @property
+    def shows_stage2(self) -> bool:
+        """Whether VMs have ``stage2`` and what goes with it; on x86 they do not."""
 
     def check_extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION on the system descriptor."""

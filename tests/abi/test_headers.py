@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from prefault.abi import arm64, constants, ioctls, structures, userfaultfd
+from prefault.abi import arm64, constants, ioctls, structures, userfaultfd, x86
 from prefault.errors import PrefaultError
 
 ARM64_ONLY = {
@@ -28,7 +28,7 @@ ARM64_ONLY = {
 }
 STRUCTURES = [
     one
-    for name, one in vars(structures).items()
+    for name, one in (vars(structures) | vars(x86)).items()
     if name.startswith("kvm_") and isinstance(one, type) and issubclass(one, ctypes.Structure)
 ]
 KNOWN_IF = {
@@ -94,7 +94,7 @@ USABLE = [headers for headers in _candidates() if _usable(headers)]
 def _numbers() -> dict[str, int]:
     """Every public constant, with its value."""
     found: dict[str, int] = {}
-    for module in (constants, ioctls, arm64, userfaultfd):
+    for module in (constants, ioctls, arm64, userfaultfd, x86):
         for name, value in vars(module).items():
             if name.isupper() and isinstance(value, int) and not name.startswith("_"):
                 found[name] = value
@@ -104,7 +104,10 @@ def _numbers() -> dict[str, int]:
 NUMBERS = _numbers()
 
 
-def _is_arm64_only(name: str) -> bool:
+def _of_another(name: str, headers: Headers) -> bool:
+    """Whether a name is one of an architecture that these headers are not of."""
+    if headers.arm64:
+        return name in vars(x86)
     return name in vars(arm64) or name in ARM64_ONLY
 
 
@@ -120,10 +123,10 @@ class Assertion:
 def _assertions(headers: Headers) -> list[Assertion]:
     found = []
     for name, value in NUMBERS.items():
-        if headers.arm64 or not _is_arm64_only(name):
+        if not _of_another(name, headers):
             found.append(Assertion(name, f"(unsigned long long)({name}) == {value}ull", f"defined({name})"))
     for one in STRUCTURES:
-        if headers.arm64 or not _is_arm64_only(one.__name__):
+        if not _of_another(one.__name__, headers):
             found += _layout(one)
     size = ctypes.sizeof(userfaultfd.uffd_msg)
     found.append(Assertion("uffd_msg", f"sizeof(struct uffd_msg) == {size}", "1"))

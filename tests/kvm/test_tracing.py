@@ -26,7 +26,7 @@ TRACE = """# tracer: nop
 
 
 def test_every_line_is_read_whoever_it_is_of() -> None:
-    assert list(tracing.parse(TRACE)) == [
+    assert list(tracing.ARM64.parse(TRACE)) == [
         (141, 0x8000_0000, 0x9382_0007),
         (141, 0x8000_1000, 0x9380_0047),
         (142, 0x8000_2000, 0x8200_0007),
@@ -37,16 +37,34 @@ def test_every_line_is_read_whoever_it_is_of() -> None:
 
 def test_faults_are_told_apart_by_their_syndrome() -> None:
     counts = FaultCounts()
-    for _, ipa, esr in tracing.parse(TRACE):
-        tracing.add(counts, ipa, esr, lambda ipa: ipa >= 0x8000_0000)
-    assert (counts.read, counts.write, counts.execute) == (1, 2, 1)
-    assert (counts.permission, counts.mmio, counts.total) == (1, 1, 4)
-    assert counts.ipas == [0x8000_0000, 0x8000_1000, 0x8000_2000, 0x8000_1000]
+    for _, ipa, esr in tracing.ARM64.parse(TRACE):
+        tracing.add(counts, ipa, esr)
+    assert (counts.read, counts.write, counts.execute) == (1, 3, 1)
+    assert (counts.permission, counts.total) == (1, 5)
+    assert counts.ipas == [0x8000_0000, 0x8000_1000, 0x8000_2000, 0x8000_1000, 0x900_0000]
+
+
+X86_TRACE = """
+         python3-116     [000] d..1.    12.345678: kvm_page_fault: vcpu 0 rip 0x40000054 address 0x0000000100020000 error_code 0x100000004
+         python3-116     [000] d..1.    12.345679: kvm_page_fault: vcpu 0 rip 0x40000054 address 0x0000000100021000 error_code 0x100000006
+         python3-117     [001] d..1.    12.345680: kvm_page_fault: vcpu 1 rip 0x40000054 address 0x0000000040000000 error_code 0x100000014
+         python3-116     [000] d..1.    12.345681: kvm_page_fault: vcpu 0 rip 0x40000054 address 0x0000000100020000 error_code 0x100000007
+"""  # noqa: E501
+
+
+def test_faults_of_x86_are_told_apart_by_their_error_code() -> None:
+    counts = FaultCounts()
+    found = list(tracing.X86.parse(X86_TRACE))
+    assert [thread for thread, *_ in found] == [116, 116, 117, 116]
+    for _, ipa, code in found:
+        tracing.add_x86(counts, ipa, code)
+    assert (counts.read, counts.write, counts.execute, counts.permission) == (1, 2, 1, 1)
+    assert counts.ipas == [0x1_0002_0000, 0x1_0002_1000, 0x4000_0000, 0x1_0002_0000]
 
 
 def test_cache_maintenance_is_no_write() -> None:
     counts = FaultCounts()
-    tracing.add(counts, 0, 0x9200_0147, lambda ipa: True)
+    tracing.add(counts, 0, 0x9200_0147)
     assert (counts.read, counts.write) == (1, 0)
 
 
@@ -87,7 +105,7 @@ def test_only_the_threads_that_ran_the_vm_are_counted(
 ) -> None:
     fake = make(tmp_path, monkeypatch, "entries: 5\noverrun: 0\ndropped events: 0\n")
     threads = {1, 2}
-    with tracing.KvmFaultCounter(100, threads, lambda ipa: True) as counts:
+    with tracing.KvmFaultCounter(tracing.ARM64, 100, threads, lambda ipa: True) as counts:
         threads.add(142)
         fake.fill()
     assert (counts.execute, counts.total) == (1, 1)
@@ -97,7 +115,7 @@ def test_lost_events_are_not_kept_silent(tmp_path: Path, monkeypatch: pytest.Mon
     fake = make(tmp_path, monkeypatch, "entries: 5\noverrun: 3\ndropped events: 1\n")
     with (
         pytest.raises(PrefaultError, match="4 trace events were lost"),
-        tracing.KvmFaultCounter(100, set(), lambda ipa: True),
+        tracing.KvmFaultCounter(tracing.ARM64, 100, set(), lambda ipa: True),
     ):
         fake.fill()
 
@@ -108,6 +126,6 @@ def test_a_host_without_the_tracepoint_says_what_it_takes(
     monkeypatch.setattr(tracefs, "TRACEFS", tmp_path)
     with (
         pytest.raises(CapabilityMissing, match="tracefs"),
-        tracing.KvmFaultCounter(1, set(), lambda ipa: True),
+        tracing.KvmFaultCounter(tracing.ARM64, 1, set(), lambda ipa: True),
     ):
         pass

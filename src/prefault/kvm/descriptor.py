@@ -13,12 +13,16 @@ import os
 from types import TracebackType
 from typing import Self
 
-from prefault.abi import ioctls
+from prefault.abi import ioctls, x86
 from prefault.errors import KvmError
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 _libc.ioctl.restype = ctypes.c_int
+
+
+def _number(name: str) -> int:
+    return int(getattr(ioctls, name, None) or getattr(x86, name))
 
 
 def ioctl(fd: int, number: int, argument: int | ctypes.Structure = 0) -> tuple[int, int]:
@@ -37,7 +41,7 @@ class Descriptor:
 
     def try_ioctl(self, name: str, argument: int | ctypes.Structure = 0) -> tuple[int, int]:
         """Like ``ioctl``, by the name of the ioctl."""
-        return ioctl(self.fd, getattr(ioctls, name), argument)
+        return ioctl(self.fd, _number(name), argument)
 
     def ioctl(self, name: str, argument: int | ctypes.Structure = 0, *, hint: str = "") -> int:
         """The result of an ioctl that must not fail.

@@ -15,12 +15,11 @@ from prefault.abi import constants
 from prefault.errors import KvmError, KvmMissing, PrefaultError
 from prefault.guest import port
 from prefault.guest.program import DeviceRead, Marker, Program, Read, Report, Step
-from prefault.kvm import hugepages, stage2, tracefs
+from prefault.kvm import X86Kvm, hugepages, open_host, stage2, tracefs, tracing
 from prefault.kvm.descriptor import Descriptor
-from prefault.kvm.system import DEVICE, Kvm, open_kvm
-from prefault.kvm.vcpu import Vcpu
-from prefault.kvm.vm import Vm, host_page_size
-from prefault.machine import MemoryRegion, Resident, VmConfig
+from prefault.kvm.system import DEVICE, Kvm
+from prefault.kvm.vm import host_page_size
+from prefault.machine import MemoryRegion, Resident, Vcpu, Vm, VmConfig
 
 _DEFAULT_TYPE = 0
 _CODE, _CODE_SIZE, _DEVICE = 0x4000_0000, 0x20_0000, 0x0A00_0000
@@ -90,7 +89,7 @@ def facts(device: str = DEVICE) -> Facts:
     """Probe this host."""
     found = _host_facts()
     try:
-        kvm = open_kvm(device)
+        kvm = open_host(device)
     except KvmMissing as error:
         found = dataclasses.replace(found, kvm_error=str(error))
     else:
@@ -121,11 +120,11 @@ def _host_facts() -> Facts:
         memfd=_memfd(),
         userfaultfd=_userfaultfd(),
         stage2_tables=False,
-        fault_tracing=(tracefs.TRACEFS / "events/kvm/kvm_guest_fault").is_dir(),
+        fault_tracing=any((tracefs.TRACEFS / event.path).is_dir() for event in (tracing.ARM64, tracing.X86)),
     )
 
 
-def _kvm_facts(found: Facts, kvm: Kvm) -> Facts:
+def _kvm_facts(found: Facts, kvm: Kvm | X86Kvm) -> Facts:
     arm64 = found.machine in ("aarch64", "arm64")
     kinds = [("default", _DEFAULT_TYPE)]
     if arm64:
@@ -139,14 +138,14 @@ def _kvm_facts(found: Facts, kvm: Kvm) -> Facts:
         ipa_limit=kvm.check_extension(constants.KVM_CAP_ARM_VM_IPA_SIZE) if arm64 else 0,
         nested=bool(arm64 and kvm.check_extension(constants.KVM_CAP_ARM_EL2)),
         nested_e2h0=bool(arm64 and kvm.check_extension(constants.KVM_CAP_ARM_EL2_E2H0)),
-        mmio_sign_extends=arm64 and _mmio_sign_extends(kvm),
-        access_flag_by_hardware=arm64 and _access_flag_by_hardware(kvm),
+        mmio_sign_extends=_mmio_sign_extends(kvm),
+        access_flag_by_hardware=_access_flag_by_hardware(kvm),
         vm_kinds=tuple(_vm_kind(kvm, name, kind) for name, kind in kinds),
         stage2_tables=arm64 and _stage2_tables(kvm),
     )
 
 
-def _vm_kind(kvm: Kvm, name: str, kind: int) -> VmKind:
+def _vm_kind(kvm: Kvm | X86Kvm, name: str, kind: int) -> VmKind:
     try:
         vm = Descriptor(kvm.create_vm_descriptor(kind))
     except KvmError as error:
@@ -166,7 +165,7 @@ def _check(vm: Descriptor, capability: int) -> int:
     return max(0, vm.try_ioctl("KVM_CHECK_EXTENSION", capability)[0])
 
 
-def _stage2_tables(kvm: Kvm) -> bool:
+def _stage2_tables(kvm: Kvm | X86Kvm) -> bool:
     """Look into the debugfs folder of a VM made for the purpose."""
     try:
         vm = Descriptor(kvm.create_vm_descriptor(_DEFAULT_TYPE))
@@ -177,7 +176,7 @@ def _stage2_tables(kvm: Kvm) -> bool:
         return any(_readable(folder / "stage2_page_tables") for folder in folders)
 
 
-def _mmio_sign_extends(kvm: Kvm) -> bool:
+def _mmio_sign_extends(kvm: Kvm | X86Kvm) -> bool:
     """Have a guest read a device that gives it a negative byte."""
     with contextlib.suppress(PrefaultError), kvm.create_vm(VmConfig(gic=False)) as vm:
         vcpu = _guest(vm, DeviceRead(_DEVICE, 1, sign_extend=True), Report())
@@ -187,7 +186,7 @@ def _mmio_sign_extends(kvm: Kvm) -> bool:
     return False
 
 
-def _access_flag_by_hardware(kvm: Kvm) -> bool:
+def _access_flag_by_hardware(kvm: Kvm | X86Kvm) -> bool:
     """Have a guest read a page that the host has aged."""
     data = _CODE + _CODE_SIZE // 2
     with contextlib.suppress(PrefaultError), kvm.create_vm(VmConfig(gic=False)) as vm:

@@ -16,13 +16,14 @@ from prefault.machine import VmConfig
 DEVICE = "/dev/kvm"
 
 
-class Kvm(Descriptor):
-    """KVM's system descriptor."""
+class AnyKvm(Descriptor):
+    """KVM's system descriptor, on any architecture."""
 
     def check_version(self, path: str) -> None:
-        """Refuse a descriptor that is no KVM of the one version that there is."""
+        """Refuse a descriptor that is no KVM of the one version that there is, and close it."""
         version, error = self.try_ioctl("KVM_GET_API_VERSION")
         if error or version != constants.KVM_API_VERSION:
+            self.close()
             found = os.strerror(error) if error else f"version {version}"
             raise KvmMissing(
                 f"{path} is not the KVM that prefault knows: {found}, where version "
@@ -39,9 +40,27 @@ class Kvm(Descriptor):
         """The host's page size."""
         return host_page_size()
 
+    @property
+    def shows_stage2(self) -> bool:
+        """Whether the architecture's KVM shows its tables, if it was built to."""
+        return True
+
     def check_extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION on the system descriptor."""
         return self.ioctl("KVM_CHECK_EXTENSION", capability)
+
+    def create_vm_descriptor(self, kind: int) -> int:
+        """KVM_CREATE_VM for a machine type, as a bare descriptor; a signal makes it try again."""
+        while True:
+            result, error = self.try_ioctl("KVM_CREATE_VM", kind)
+            if result >= 0:
+                return result
+            if error != errno.EINTR:
+                raise KvmError("KVM_CREATE_VM", error, hint=f"machine type {kind:#x}")
+
+
+class Kvm(AnyKvm):
+    """KVM's system descriptor, for arm64 guests."""
 
     def create_vm(self, config: VmConfig = VmConfig()) -> Vm:  # noqa: B008 - frozen
         """KVM_CREATE_VM.
@@ -75,23 +94,24 @@ class Kvm(Descriptor):
                 ) from error
             raise
 
-    def create_vm_descriptor(self, kind: int) -> int:
-        """KVM_CREATE_VM for a machine type, as a bare descriptor; a signal makes it try again."""
-        while True:
-            result, error = self.try_ioctl("KVM_CREATE_VM", kind)
-            if result >= 0:
-                return result
-            if error != errno.EINTR:
-                raise KvmError("KVM_CREATE_VM", error, hint=f"machine type {kind:#x}")
-
 
 def open_kvm(path: str = DEVICE) -> Kvm:
     """Open /dev/kvm.
 
     :raises KvmMissing: it is not there, may not be opened, or is no KVM
     """
+    kvm = Kvm(open_device(path))
+    kvm.check_version(path)
+    return kvm
+
+
+def open_device(path: str = DEVICE) -> int:
+    """A descriptor of /dev/kvm.
+
+    :raises KvmMissing: it is not there, or may not be opened
+    """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except PermissionError as error:
         raise KvmMissing(
             f"{path} may not be opened: {error.strerror}; be root or join the group kvm "
@@ -102,10 +122,3 @@ def open_kvm(path: str = DEVICE) -> Kvm:
             f"{path} cannot be opened: {error.strerror}; KVM is not loaded, or this machine has no "
             "hardware virtualisation: use the lab (--machine lab)"
         ) from error
-    kvm = Kvm(fd)
-    try:
-        kvm.check_version(path)
-    except BaseException:
-        kvm.close()
-        raise
-    return kvm

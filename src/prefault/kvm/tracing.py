@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts stage-2 faults with the tracepoint kvm:kvm_guest_fault, in a trace instance of its own.
+"""Counts stage-2 faults with a tracepoint of KVM's, in a trace instance of its own.
 
-The tracepoint stands after KVM has dealt with faults that are not the guest's own doing, so one
-line is one fault taken. Each one costs the traced kernel a few hundred instructions: measure time
-in another run.
+That is kvm:kvm_guest_fault on arm64, which stands after KVM has dealt with faults that are not the guest's
+own doing, and kvm:kvm_page_fault on x86: one line is one fault taken. Each one costs the traced kernel a few
+hundred instructions: measure time in another run.
 
-Source: Documentation/trace/ftrace.rst, arch/arm64/kvm/trace_arm.h
+Source: Documentation/trace/ftrace.rst, arch/arm64/kvm/trace_arm.h, arch/x86/kvm/trace.h
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -20,12 +21,13 @@ from prefault.errors import CapabilityMissing, PrefaultError
 from prefault.kvm import tracefs
 from prefault.machine import FaultCounts
 
-_EVENT = "events/kvm/kvm_guest_fault"
 _BYTES_PER_EVENT = 96
 _MIN_BUFFER_KIB, _MAX_BUFFER_KIB = 2 << 10, 64 << 10
 
-_LINE = re.compile(
-    r"-(\d+) +(?:\([ \d-]+\) +)?\[\d+\].* kvm_guest_fault: ipa (?:0x)?([0-9a-f]+), hsr (?:0x)?([0-9a-f]+),"
+_HEAD = r"-(\d+) +(?:\([ \d-]+\) +)?\[\d+\].* "
+_ARM64_LINE = re.compile(_HEAD + r"kvm_guest_fault: ipa (?:0x)?([0-9a-f]+), hsr (?:0x)?([0-9a-f]+),")
+_X86_LINE = re.compile(
+    _HEAD + r"kvm_page_fault: .*address (?:0x)?([0-9a-f]+) error_code (?:0x)?([0-9a-f]+)", re.IGNORECASE
 )
 
 _EC_SHIFT = 26
@@ -36,17 +38,11 @@ _FSC_KIND = 0x3C
 _FSC_PERMISSION = 0x0C
 
 
-def parse(text: str) -> Iterator[tuple[int, int, int]]:
-    """(thread, IPA, ESR) of each fault in a trace."""
-    for thread, ipa, esr in _LINE.findall(text):
-        yield int(thread), int(ipa, 16), int(esr, 16)
+_PF_PRESENT, _PF_WRITE, _PF_RESERVED, _PF_FETCH = 1 << 0, 1 << 1, 1 << 3, 1 << 4
 
 
-def add(counts: FaultCounts, ipa: int, esr: int, is_memory: Callable[[int], bool]) -> None:
-    """Count one fault."""
-    if not is_memory(ipa):
-        counts.mmio += 1
-        return
+def add(counts: FaultCounts, ipa: int, esr: int) -> None:
+    """Count a fault on memory, by arm64's syndrome."""
     counts.ipas.append(ipa)
     if esr >> _EC_SHIFT == _EC_INSTRUCTION_ABORT:
         counts.execute += 1
@@ -58,14 +54,51 @@ def add(counts: FaultCounts, ipa: int, esr: int, is_memory: Callable[[int], bool
         counts.permission += 1
 
 
+def add_x86(counts: FaultCounts, ipa: int, code: int) -> None:
+    """Count a fault on memory, by x86's error code."""
+    counts.ipas.append(ipa)
+    if code & _PF_FETCH:
+        counts.execute += 1
+    elif code & _PF_WRITE:
+        counts.write += 1
+    else:
+        counts.read += 1
+    if code & _PF_PRESENT and not code & _PF_RESERVED:
+        counts.permission += 1
+
+
+@dataclass(frozen=True)
+class FaultEvent:
+    """A tracepoint that tells of stage-2 faults.
+
+    :ivar path: in tracefs
+    :ivar line: what a line of it is: thread, IPA and syndrome
+    :ivar add: counts one, by IPA and syndrome
+    """
+
+    path: str
+    line: re.Pattern[str]
+    add: Callable[[FaultCounts, int, int], None]
+
+    def parse(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """(thread, IPA, syndrome) of each fault in a trace."""
+        for thread, ipa, syndrome in self.line.findall(text):
+            yield int(thread), int(ipa, 16), int(syndrome, 16)
+
+
+ARM64 = FaultEvent("events/kvm/kvm_guest_fault", _ARM64_LINE, add)
+X86 = FaultEvent("events/kvm/kvm_page_fault", _X86_LINE, add_x86)
+
+
 class TraceInstance:
     """A trace buffer that sees this process's threads, present and future, and only them."""
 
-    def __init__(self, events: int) -> None:
-        if not (tracefs.TRACEFS / _EVENT).is_dir():
+    def __init__(self, event: FaultEvent, events: int) -> None:
+        self._event = event.path
+        if not (tracefs.TRACEFS / self._event).is_dir():
             raise CapabilityMissing(
-                f"{tracefs.TRACEFS / _EVENT} is not there, so stage-2 faults cannot be counted; it needs "
-                "root, a mounted tracefs, and a kernel with KVM and CONFIG_FTRACE or "
+                f"{tracefs.TRACEFS / self._event} is not there, so stage-2 faults cannot be counted; it "
+                "needs root, a mounted tracefs, and a kernel with KVM and CONFIG_FTRACE or "
                 "CONFIG_ENABLE_DEFAULT_TRACERS"
             )
         self._instance = tracefs.Instance("counting stage-2 faults")
@@ -92,7 +125,7 @@ class TraceInstance:
         threads = " ".join(task.name for task in Path("/proc/self/task").iterdir())
         self._instance.write("set_event_pid", threads)
         self._instance.write("tracing_on", "1")
-        self._instance.write(f"{_EVENT}/enable", "1")
+        self._instance.write(f"{self._event}/enable", "1")
 
     def stop(self) -> str:
         """Stop tracing; the trace.
@@ -110,25 +143,25 @@ class TraceInstance:
 
     def pause(self) -> None:
         """Trace nothing until the next start."""
-        self._instance.write(f"{_EVENT}/enable", "0")
+        self._instance.write(f"{self._event}/enable", "0")
         self._instance.write("tracing_on", "0")
 
     def close(self) -> None:
         """Remove the instance. Safe to call again."""
-        self._instance.close([_EVENT])
+        self._instance.close([self._event])
 
 
 _idle: list[TraceInstance] = []
 """Removing an instance takes the kernel a grace period, so that one is kept for the next interval."""
 
 
-def _take(events: int) -> TraceInstance:
+def _take(event: FaultEvent, events: int) -> TraceInstance:
     while _idle:
         trace = _idle.pop()
         if trace.fits(events):
             return trace
         trace.close()
-    return TraceInstance(events)
+    return TraceInstance(event, events)
 
 
 def _give_back(trace: TraceInstance) -> None:
@@ -149,11 +182,15 @@ def _close_idle() -> None:
 class KvmFaultCounter:
     """Counts the faults of one VM: of the threads that ran its vCPUs.
 
+    :param event: the architecture's
     :param threads: thread ids that have run a vCPU of the VM, read when the context closes
     :param is_memory: whether an IPA is in a memslot
     """
 
-    def __init__(self, events: int, threads: set[int], is_memory: Callable[[int], bool]) -> None:
+    def __init__(
+        self, event: FaultEvent, events: int, threads: set[int], is_memory: Callable[[int], bool]
+    ) -> None:
+        self._event = event
         self._events = events
         self._threads = threads
         self._is_memory = is_memory
@@ -163,7 +200,7 @@ class KvmFaultCounter:
     def __enter__(self) -> FaultCounts:
         self._threads.clear()
         self._counts = FaultCounts()
-        self._trace = _take(self._events)
+        self._trace = _take(self._event, self._events)
         self._trace.start()
         return self._counts
 
@@ -176,8 +213,14 @@ class KvmFaultCounter:
         assert self._trace is not None
         try:
             if kind is None:
-                for thread, ipa, esr in parse(self._trace.stop()):
+                for thread, ipa, syndrome in self._event.parse(self._trace.stop()):
                     if thread in self._threads:
-                        add(self._counts, ipa, esr, self._is_memory)
+                        self._count(ipa, syndrome)
         finally:
             _give_back(self._trace)
+
+    def _count(self, ipa: int, syndrome: int) -> None:
+        if self._is_memory(ipa):
+            self._event.add(self._counts, ipa, syndrome)
+        else:
+            self._counts.mmio += 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vCPU descriptor."""
+"""A vCPU descriptor: what those of all architectures have, and arm64's."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Bus(Protocol):
         """Give a device ``width`` bytes."""
 
 
-class Vcpu(Descriptor):
-    """KVM's vCPU descriptor, with the page that it shares with its VMM.
+class AnyVcpu(Descriptor):
+    """KVM's vCPU descriptor, of any architecture, with the page that it shares with its VMM.
 
     :param before_run: called before each KVM_RUN with the thread that will run
     :param can_pre_fault: whether the VM reports KVM_CAP_PRE_FAULT_MEMORY
@@ -77,10 +77,11 @@ class Vcpu(Descriptor):
         if program.nested and not self._config.el2:
             raise UsageError("the program enters an L2; create its vCPU with VcpuConfig(el2=True)")
         self._complete_exit()
-        for index, value in enumerate(arguments):
-            self.set_register(f"x{FIRST_ARGUMENT + index}", value)
-        self.set_register("pstate", _PSTATE_EL2H_MASKED if self._config.el2 else _PSTATE_EL1H_MASKED)
-        self.set_register("pc", program.base)
+        self._start(program, arguments)
+
+    def _start(self, program: Program, arguments: Sequence[int]) -> None:
+        """Set the registers so that the vCPU begins with ``program``."""
+        raise NotImplementedError
 
     def _complete_exit(self) -> None:
         """Let KVM finish the exit it is in, which would otherwise move the PC after it was set."""
@@ -164,6 +165,34 @@ class Vcpu(Descriptor):
             )
         prefault.pre_fault_all(self.pre_fault_memory_once, gpa, size)
 
+    def get_mp_state(self) -> int:
+        """Whether the vCPU runs or is powered off: KVM_MP_STATE_*."""
+        state = structures.kvm_mp_state()
+        self.ioctl("KVM_GET_MP_STATE", state)
+        return int(state.mp_state)
+
+    def set_mp_state(self, value: int) -> None:
+        """Set what ``get_mp_state`` reads."""
+        self.ioctl("KVM_SET_MP_STATE", structures.kvm_mp_state(value))
+
+    def close(self) -> None:
+        """Close the descriptor. Safe to call again."""
+        page, self._run_page = self._run_page, 0
+        if page:
+            self._run = structures.kvm_run()
+            mapping.unmap(page, self._mmap_size)
+        super().close()
+
+
+class Vcpu(AnyVcpu):
+    """An arm64 vCPU."""
+
+    def _start(self, program: Program, arguments: Sequence[int]) -> None:
+        for index, value in enumerate(arguments):
+            self.set_register(f"x{FIRST_ARGUMENT + index}", value)
+        self.set_register("pstate", _PSTATE_EL2H_MASKED if self._config.el2 else _PSTATE_EL1H_MASKED)
+        self.set_register("pc", program.base)
+
     def get_register(self, name: str) -> int:
         """A general register (x0…x30, sp, pc, pstate) or system register by architectural name."""
         value = ctypes.c_uint64()
@@ -211,16 +240,6 @@ class Vcpu(Descriptor):
         hint = f"{name} cannot be set to {int.from_bytes(value, 'little'):#x} on this vCPU"
         self.ioctl("KVM_SET_ONE_REG", structures.kvm_one_reg(register, ctypes.addressof(cell)), hint=hint)
 
-    def get_mp_state(self) -> int:
-        """Whether the vCPU runs or is powered off: KVM_MP_STATE_*."""
-        state = structures.kvm_mp_state()
-        self.ioctl("KVM_GET_MP_STATE", state)
-        return int(state.mp_state)
-
-    def set_mp_state(self, value: int) -> None:
-        """Set what ``get_mp_state`` reads."""
-        self.ioctl("KVM_SET_MP_STATE", structures.kvm_mp_state(value))
-
     def get_events(self) -> bytes:
         """Exceptions that wait for the vCPU (struct kvm_vcpu_events)."""
         events = structures.kvm_vcpu_events()
@@ -241,14 +260,6 @@ class Vcpu(Descriptor):
         target.features[0] |= features
         hint = "the host must run with kvm-arm.mode=nested for vCPUs with EL2" if self._config.el2 else ""
         self.ioctl("KVM_ARM_VCPU_INIT", target, hint=hint)
-
-    def close(self) -> None:
-        """Close the descriptor. Safe to call again."""
-        page, self._run_page = self._run_page, 0
-        if page:
-            self._run = structures.kvm_run()
-            mapping.unmap(page, self._mmap_size)
-        super().close()
 
 
 def _register_id(name: str) -> int:

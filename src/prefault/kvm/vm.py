@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VM descriptor, its memslots and the memory behind them."""
+"""A VM descriptor, its memslots and the memory behind them: what all architectures have, and arm64's."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from prefault.abi import arm64, constants, structures
 from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.guest.compile import compile_program
 from prefault.guest.program import EnterL2, L2Mapping, Program
-from prefault.kvm import device, host, memory, stage2
+from prefault.kvm import device, host, memory, stage2, tracing
 from prefault.kvm.descriptor import Descriptor
 from prefault.kvm.device import Device
 from prefault.kvm.memory import Memory
 from prefault.kvm.tracing import KvmFaultCounter
 from prefault.kvm.userfault import Userfault
-from prefault.kvm.vcpu import Vcpu
+from prefault.kvm.vcpu import AnyVcpu, Vcpu
 from prefault.machine import (
     Access,
     Advice,
@@ -49,46 +49,24 @@ class _Slot:
         return self.region.gpa <= gpa < self.region.gpa + self.region.size
 
 
-class Vm(Descriptor):
-    """KVM's VM descriptor.
+class AnyVm(Descriptor):
+    """KVM's VM descriptor, of any architecture.
 
     Memory stays mapped until the VM is closed, also that of deleted slots: what a stale stage-2
     entry would show must still be there to be seen.
     """
 
-    def __init__(self, fd: int, config: VmConfig, page_size: int, vcpu_mmap_size: int) -> None:
+    def __init__(self, fd: int, page_size: int, vcpu_mmap_size: int) -> None:
         super().__init__(fd)
         self._page_size = page_size
         self._vcpu_mmap_size = vcpu_mmap_size
-        # KVM names the VM's debugfs folder after the thread that creates it and its descriptor.
-        self._debugfs = stage2.DEBUGFS_KVM / f"{threading.get_native_id()}-{fd}"
         self._slots: dict[int, _Slot] = {}
         self._memories: list[Memory] = []
         self._userfaults: list[Userfault] = []
-        self._vcpus: list[Vcpu] = []
-        self._l2_mappings: list[L2Mapping] = []
+        self._vcpus: list[AnyVcpu] = []
         self._run_threads: set[int] = set()
-        self._mte = config.mte
-        if self._mte:
-            self._enable_mte()
-        self._gic: Device | None = None
-        self._gic_ready = threading.Lock()
-        self._gic_pending = False
-        if config.gic:
-            self._gic = device.create_gic(self)
-            self._gic_pending = True
-
-    def _enable_mte(self) -> None:
-        if not self.check_extension(constants.KVM_CAP_ARM_MTE):
-            raise CapabilityMissing(
-                "KVM_CAP_ARM_MTE is 0: guests cannot have memory tags here; boot the lab with --mte"
-            )
-        self.ioctl("KVM_ENABLE_CAP", structures.kvm_enable_cap(cap=constants.KVM_CAP_ARM_MTE))
-
-    @property
-    def debugfs(self) -> Path:
-        """The VM's folder in debugfs."""
-        return self._debugfs
+        self._refuses_hugetlb = False
+        """Whether this kernel may refuse hugetlb pages because guests have memory tags."""
 
     def check_extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION on this VM."""
@@ -144,7 +122,7 @@ class Vm(Descriptor):
                 name = "KVM_SET_USER_MEMORY_REGION2"
         # The first structure is the beginning of the second.
         result, error = self.try_ioctl(name, request)
-        if error == errno.EINVAL and self._mte and region.backing is Backing.HUGETLB:
+        if error == errno.EINVAL and self._refuses_hugetlb and region.backing is Backing.HUGETLB:
             raise CapabilityMissing(
                 "on this kernel hugetlb pages have no memory tags, and guests with tags cannot have them; "
                 "use another backing, or a kernel that has tags there (Linux 6.13)"
@@ -153,62 +131,11 @@ class Vm(Descriptor):
             hint = "slots must not overlap, and must lie below the VM's IPA limit"
             raise KvmError(name, error, gpa=region.gpa, size=region.size, hint=hint)
 
-    def create_vcpu(self, config: VcpuConfig = VcpuConfig()) -> Vcpu:  # noqa: B008 - frozen
-        """KVM_CREATE_VCPU and, unless asked otherwise, KVM_ARM_VCPU_INIT."""
-        if config.el2 and not self.check_extension(constants.KVM_CAP_ARM_EL2):
-            raise CapabilityMissing(
-                "KVM_CAP_ARM_EL2 is 0: vCPUs cannot have EL2 here; nested guests need a kernel that has them "
-                "(Linux 6.16), on a host with FEAT_NV2 that was booted with kvm-arm.mode=nested"
-            )
-        if config.el2 and not self._gic:
-            raise UsageError("vCPUs with EL2 need an in-kernel GIC; create the VM with VmConfig(gic=True)")
-        hint = "vCPUs must be created before the first one runs" if self._gic else ""
-        fd = self.ioctl("KVM_CREATE_VCPU", len(self._vcpus), hint=hint)
-        vcpu = Vcpu(fd, self._vcpu_mmap_size, config, self._before_run, self._can_pre_fault)
-        self._vcpus.append(vcpu)
-        if config.initialised:
-            target = structures.kvm_vcpu_init()
-            self.ioctl("KVM_ARM_PREFERRED_TARGET", target)
-            vcpu.initialise(target)
-        return vcpu
-
     def _can_pre_fault(self) -> bool:
         return bool(self.check_extension(constants.KVM_CAP_PRE_FAULT_MEMORY))
 
     def _before_run(self, thread: int) -> None:
         self._run_threads.add(thread)
-        if self._gic_pending:
-            self.initialise_gic()
-
-    @property
-    def gic(self) -> Device:
-        """The in-kernel GIC.
-
-        :raises UsageError: the VM has none
-        """
-        if self._gic is None:
-            raise UsageError("this VM has no in-kernel GIC; create it with VmConfig(gic=True)")
-        return self._gic
-
-    def initialise_gic(self) -> None:
-        """Finish the GIC: call it after the last vCPU was created. The first run does so otherwise."""
-        with self._gic_ready:
-            if self._gic and self._gic_pending:
-                device.initialise_gic(self._gic)
-                self._gic_pending = False
-
-    def set_spi(self, number: int, level: bool) -> None:
-        """Raise or lower the line of a shared peripheral interrupt, counted from 0 (KVM_IRQ_LINE)."""
-        irq = arm64.KVM_ARM_IRQ_TYPE_SPI << arm64.KVM_ARM_IRQ_TYPE_SHIFT | number + _FIRST_SPI
-        self.ioctl("KVM_IRQ_LINE", structures.kvm_irq_level(irq, int(level)))
-
-    def install(self, program: Program) -> None:
-        """Write the code and data of a guest program into guest memory."""
-        image = compile_program(program, self._page_size)
-        self.write_memory(image.base, image.data)
-        for step in program.steps:
-            if isinstance(step, EnterL2):
-                self._l2_mappings += step.mappings
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """Guest memory as the host sees it."""
@@ -295,6 +222,118 @@ class Vm(Descriptor):
             if word >> bit & 1
         ]
 
+    def _counter(self, event: tracing.FaultEvent) -> KvmFaultCounter:
+        pages = sum(slot.region.size for slot in self._slots.values()) // self._page_size
+        return KvmFaultCounter(event, 2 * pages + _TRACE_SLACK, self._run_threads, self._is_memory)
+
+    def _close_devices(self) -> None:
+        """Close what the architecture's VMs have besides vCPUs."""
+
+    def _is_memory(self, ipa: int) -> bool:
+        """Whether an IPA has a memslot behind it."""
+        return any(slot.covers(ipa) for slot in self._slots.values())
+
+    def close(self) -> None:
+        """Close the VM and its vCPUs. Safe to call again."""
+        while self._userfaults:
+            self._userfaults.pop().close()
+        while self._vcpus:
+            self._vcpus.pop().close()
+        self._close_devices()
+        super().close()
+        memories, self._memories = self._memories, []
+        self._slots.clear()
+        memory.close_all(memories)
+
+
+class Vm(AnyVm):
+    """An arm64 VM."""
+
+    def __init__(self, fd: int, config: VmConfig, page_size: int, vcpu_mmap_size: int) -> None:
+        super().__init__(fd, page_size, vcpu_mmap_size)
+        # KVM names the VM's debugfs folder after the thread that creates it and its descriptor.
+        self._debugfs = stage2.DEBUGFS_KVM / f"{threading.get_native_id()}-{fd}"
+        self._l2_mappings: list[L2Mapping] = []
+        if config.mte:
+            self._enable_mte()
+            self._refuses_hugetlb = True
+        self._gic: Device | None = None
+        self._gic_ready = threading.Lock()
+        self._gic_pending = False
+        if config.gic:
+            self._gic = device.create_gic(self)
+            self._gic_pending = True
+
+    def _enable_mte(self) -> None:
+        if not self.check_extension(constants.KVM_CAP_ARM_MTE):
+            raise CapabilityMissing(
+                "KVM_CAP_ARM_MTE is 0: guests cannot have memory tags here; boot the lab with --mte"
+            )
+        self.ioctl("KVM_ENABLE_CAP", structures.kvm_enable_cap(cap=constants.KVM_CAP_ARM_MTE))
+
+    @property
+    def debugfs(self) -> Path:
+        """The VM's folder in debugfs."""
+        return self._debugfs
+
+    def create_vcpu(self, config: VcpuConfig = VcpuConfig()) -> Vcpu:  # noqa: B008 - frozen
+        """KVM_CREATE_VCPU and, unless asked otherwise, KVM_ARM_VCPU_INIT."""
+        if config.el2 and not self.check_extension(constants.KVM_CAP_ARM_EL2):
+            raise CapabilityMissing(
+                "KVM_CAP_ARM_EL2 is 0: vCPUs cannot have EL2 here; nested guests need a kernel that has them "
+                "(Linux 6.16), on a host with FEAT_NV2 that was booted with kvm-arm.mode=nested"
+            )
+        if config.el2 and not self._gic:
+            raise UsageError("vCPUs with EL2 need an in-kernel GIC; create the VM with VmConfig(gic=True)")
+        hint = "vCPUs must be created before the first one runs" if self._gic else ""
+        fd = self.ioctl("KVM_CREATE_VCPU", len(self._vcpus), hint=hint)
+        vcpu = Vcpu(fd, self._vcpu_mmap_size, config, self._before_run, self._can_pre_fault)
+        self._vcpus.append(vcpu)
+        if config.initialised:
+            target = structures.kvm_vcpu_init()
+            self.ioctl("KVM_ARM_PREFERRED_TARGET", target)
+            vcpu.initialise(target)
+        return vcpu
+
+    def _before_run(self, thread: int) -> None:
+        super()._before_run(thread)
+        if self._gic_pending:
+            self.initialise_gic()
+
+    @property
+    def gic(self) -> Device:
+        """The in-kernel GIC.
+
+        :raises UsageError: the VM has none
+        """
+        if self._gic is None:
+            raise UsageError("this VM has no in-kernel GIC; create it with VmConfig(gic=True)")
+        return self._gic
+
+    def initialise_gic(self) -> None:
+        """Finish the GIC: call it after the last vCPU was created. The first run does so otherwise."""
+        with self._gic_ready:
+            if self._gic and self._gic_pending:
+                device.initialise_gic(self._gic)
+                self._gic_pending = False
+
+    def set_spi(self, number: int, level: bool) -> None:
+        """Raise or lower the line of a shared peripheral interrupt, counted from 0 (KVM_IRQ_LINE)."""
+        irq = arm64.KVM_ARM_IRQ_TYPE_SPI << arm64.KVM_ARM_IRQ_TYPE_SHIFT | number + _FIRST_SPI
+        self.ioctl("KVM_IRQ_LINE", structures.kvm_irq_level(irq, int(level)))
+
+    def install(self, program: Program) -> None:
+        """Write the code and data of a guest program into guest memory."""
+        image = compile_program(program, self._page_size)
+        self.write_memory(image.base, image.data)
+        for step in program.steps:
+            if isinstance(step, EnterL2):
+                self._l2_mappings += step.mappings
+
+    def program_size(self, program: Program) -> int:
+        """How much guest memory a program takes, from its base on."""
+        return len(compile_program(program, self._page_size).data)
+
     def stage2(self) -> list[Leaf]:
         """Leaves of the canonical stage-2 table, by IPA."""
         return stage2.canonical(self._debugfs)
@@ -313,27 +352,17 @@ class Vm(Descriptor):
         They are told from those of other VMs by the threads that run its vCPUs: do not run another
         VM from the same thread meanwhile.
         """
-        pages = sum(slot.region.size for slot in self._slots.values()) // self._page_size
-        return KvmFaultCounter(2 * pages + _TRACE_SLACK, self._run_threads, self._is_memory)
+        return self._counter(tracing.ARM64)
 
     def _is_memory(self, ipa: int) -> bool:
         """Whether an IPA, L1's or L2's, has a memslot behind it."""
-        if any(slot.covers(ipa) for slot in self._slots.values()):
-            return True
-        return any(one.ipa <= ipa < one.ipa + one.size for one in self._l2_mappings)
+        return super()._is_memory(ipa) or any(
+            one.ipa <= ipa < one.ipa + one.size for one in self._l2_mappings
+        )
 
-    def close(self) -> None:
-        """Close the VM and its vCPUs. Safe to call again."""
-        while self._userfaults:
-            self._userfaults.pop().close()
-        while self._vcpus:
-            self._vcpus.pop().close()
+    def _close_devices(self) -> None:
         if self._gic:
             self._gic.close()
-        super().close()
-        memories, self._memories = self._memories, []
-        self._slots.clear()
-        memory.close_all(memories)
 
 
 def host_page_size() -> int:

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from prefault.kvm import open_kvm, probe
+from prefault.kvm import open_host, probe
 from prefault.kvm.tracefs import TRACEFS
 from prefault.scenarios import SCENARIOS, Scenario, perform
 from prefault.scenarios.program import read_programs, scenario
@@ -63,7 +63,7 @@ def play(wanted: list[Scenario], facts: bool) -> int:
     if facts:
         print(json.dumps({"facts": dataclasses.asdict(probe.facts())}), flush=True)
     failed, log = 0, KernelLog()
-    with open_kvm() as kvm:
+    with open_host() as kvm:
         for one in wanted:
             before = _stage2_kib()
             outcome = perform(kvm, one)

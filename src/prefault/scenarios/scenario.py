@@ -22,7 +22,6 @@ from typing import Self
 from prefault.abi.constants import KVM_CAP_PRE_FAULT_MEMORY
 from prefault.errors import CapabilityMissing, Mismatch, Missing
 from prefault.guest import port
-from prefault.guest.compile import compile_program
 from prefault.guest.program import PORT_SIZE, Program, Step
 from prefault.guest.tables import leaf_size
 from prefault.machine import (
@@ -49,6 +48,9 @@ DEVICE = 0x0A00_0000
 """gpa of a device: no slot is ever there."""
 
 Observation = tuple[str, object]
+
+LEAVES = "leaves"
+"""The name of what is seen of a table."""
 
 
 class Stage:
@@ -124,8 +126,7 @@ class Stage:
     def load(self, vm: Vm, vcpu: Vcpu, *steps: Step) -> None:
         """Point a vCPU at another program, which gets a place of its own."""
         program = Program(steps, self._free)
-        size = len(compile_program(program, self.page).data)
-        self._free += -(-size // PORT_SIZE) * PORT_SIZE
+        self._free += -(-vm.program_size(program) // PORT_SIZE) * PORT_SIZE
         vm.install(program)
         vcpu.load(program)
 
@@ -162,8 +163,17 @@ class Stage:
     def leaves(self, vm: Vm, gpa: int = DATA, size: int = 1 << 32) -> list[Leaf]:
         """Leaves of the canonical table that overlap ``[gpa, gpa+size)``, recorded."""
         found = [leaf for leaf in vm.stage2() if leaf.ipa < gpa + size and leaf.ipa + leaf.size > gpa]
-        self.see("leaves", found)
+        self.see(LEAVES, found)
         return found
+
+    @property
+    def sees_leaves(self) -> bool:
+        """Whether this back end shows its tables; where it does not, a law is what guests and calls see."""
+        return self.kvm.shows_stage2
+
+    def shown_leaves(self, vm: Vm, gpa: int = DATA, size: int = 1 << 32) -> list[Leaf]:
+        """As ``leaves``, for what must be true of every leaf there is; none where they are not shown."""
+        return self.leaves(vm, gpa, size) if self.sees_leaves else []
 
 
 def _plain(value: object) -> object:

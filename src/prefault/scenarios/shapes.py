@@ -97,7 +97,7 @@ def blocks_within_a_huge_page_hold_what_the_host_wrote(stage: Stage, kind: str) 
     vcpu = stage.vcpu(vm, Marker(0), *(step for read in reads for step in (read, Report())))
     stage.proceed(vcpu)
     stage.pre_fault(vcpu, start, region.size)
-    stage.leaves(vm)
+    stage.shown_leaves(vm)
     values = stage.finish(vcpu)
     stage.holds(values == [0x51 + block for block in blocks], f"the guest read {values}")
 
@@ -119,7 +119,7 @@ def progress_inside_a_huge_page_is_cut_to_the_range(stage: Stage, kind: str) -> 
     start, size = DATA + huge // 2 + 3 * stage.page, 2 * stage.page
     progress = stage.pre_fault_once(vcpu, start, size)
     stage.holds((progress.gpa, progress.size) == (start + size, 0), f"a part of a block gave {progress}")
-    stage.leaves(vm)
+    stage.shown_leaves(vm)
 
 
 @scenarios("M7", "M9", cases=[("contiguous-pages",), ("contiguous-blocks",)])
@@ -131,7 +131,7 @@ def logged_huge_pages_are_mapped_by_pages(stage: Stage, kind: str) -> None:
     vcpu = stage.vcpu(vm, Marker(0), Write(DATA + 7 * stage.page, 1))
     stage.proceed(vcpu)
     stage.pre_fault(vcpu, DATA, size)
-    leaves = stage.leaves(vm)
+    leaves = stage.shown_leaves(vm)
     stage.holds(all(leaf.level == 3 for leaf in leaves), "a logged slot has a block")
     stage.holds(not any(leaf.writable for leaf in leaves), "a logged slot has a writable leaf")
     stage.holds(vm.get_dirty_log(1) == [], "pre-faulting made pages dirty")

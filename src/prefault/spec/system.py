@@ -34,6 +34,11 @@ class SpecKvm:
         """The host's page size."""
         return self.host.config.page_size
 
+    @property
+    def shows_stage2(self) -> bool:
+        """The specification shows its tables."""
+        return True
+
     def check_extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION on the system descriptor."""
         return check_extension(self.host, capability)

@@ -162,6 +162,10 @@ class SpecVm:
             if isinstance(step, EnterL2):
                 self._l2_mappings += step.mappings
 
+    def program_size(self, program: Program) -> int:
+        """How much guest memory a program takes, from its base on."""
+        return len(_compile(program, self._host.config.page_size).data)
+
     # Memory.
 
     def read_memory(self, gpa: int, size: int) -> bytes:
