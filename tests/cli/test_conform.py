@@ -117,6 +117,52 @@ def test_if_everything_is_skipped_nothing_was_compared(
     assert "skipped by both sides: KVM_CAP_ARM_EL2 is 0" in printed.out
 
 
+class X86Lab:
+    """What makes the fake kernel one of x86: no tables, and pages that pre-faulting makes dirty."""
+
+    def __init__(self, lab: FakeLab, text: str) -> None:
+        lab.facts |= {"guests": False, "ipa_limit": 0, "nested": False, "access_flag_by_hardware": False}
+        lab.change = self.change
+        self._text = text
+
+    def change(self, line: Line) -> None:
+        observations: Any = line["observations"]
+        line["observations"] = [one for one in observations if one[0] != "leaves"]
+        if str(line["name"]).startswith("prefaulting_makes_nothing_dirty"):
+            line |= {"outcome": "failed", "text": self._text}
+
+
+def test_of_a_peer_what_is_known_is_told_and_no_failure(
+    lab: FakeLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    X86Lab(lab, "pre-faulting made pages dirty")
+    names = ["prefaulting_makes_nothing_dirty[private]", LAW]
+    assert main(["conform", "--arch", "x86_64", *names]) == ExitCode.DONE
+    text = capsys.readouterr().out
+    assert "1 of 2 scenarios equal, 1 different as known, 0 not" in text
+    assert "on x86_64, with dirty logging on, every page that is pre-faulted becomes dirty" in text
+    assert lab.options[0].arch.name == "x86_64"
+    assert main(["conform", "--arch", "x86_64", "--json", *names]) == ExitCode.DONE
+    found = reported(capsys)
+    assert found["counts"]["known"] == 1
+    assert "M7" in next(one for one in found["scenarios"] if one["verdict"] == "known")["reason"]
+
+
+def test_of_a_peer_any_other_difference_is_a_failure(
+    lab: FakeLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    X86Lab(lab, "the guest's writes are not in the log")
+    name = "prefaulting_makes_nothing_dirty[private]"
+    assert main(["conform", "--arch", "x86_64", name]) == ExitCode.DOES_NOT_HOLD
+    assert f"again: prefault conform '{name}' --arch x86_64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [["--random", "3"], ["--variant", "16k"], ["--mode", "nvhe"], ["--lpa2"]])
+def test_what_a_peer_does_not_have_is_a_usage_error(lab: FakeLab, option: list[str]) -> None:
+    assert main(["conform", "--arch", "x86_64", *option]) == ExitCode.USAGE
+    assert lab.jobs == []
+
+
 def test_without_a_lab_the_status_is_77(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

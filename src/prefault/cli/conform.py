@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections import Counter
@@ -16,10 +17,19 @@ from rich.table import Table
 
 from prefault.cli import output
 from prefault.cli.interrupt import results_kept
-from prefault.cli.kernels import KernelOptions, image_of, kernel_options, variant_of
+from prefault.cli.kernels import (
+    ArchOptions,
+    KernelOptions,
+    arch_of,
+    arch_option,
+    image_of,
+    kernel_options,
+    refuse_arm64_kernels,
+    variant_of,
+)
 from prefault.cli.progress import drawn
 from prefault.cli.values import Size
-from prefault.conform import in_lab, on_spec
+from prefault.conform import in_lab, on_spec, peers
 from prefault.conform.compare import BAD, Comparison, Verdict
 from prefault.conform.session import SHRINKABLE, Session
 from prefault.conform.strategies import generate
@@ -38,6 +48,7 @@ Examples:
   prefault conform --mode nvhe                      KVM in another mode
   prefault conform --random 40 --seed 1             random programs; one that differs is made small
   prefault conform --program program-1-7.json       one of these again
+  prefault conform --arch x86_64                    what Debian's x86 kernel answers, beside what ours does
   prefault conform --list                           names and requirements
 
 \b
@@ -45,7 +56,7 @@ Exit codes: 0 all that was compared is equal and holds, 1 a difference, a law th
 or a lost kernel, 2 usage, 3 operating error, 77 no lab, or the kernel lacks the capability."""
 
 
-class _Options(KernelOptions):
+class _Options(KernelOptions, ArchOptions):
     names: tuple[str, ...]
     requirement: tuple[str, ...]
     list_only: bool
@@ -92,10 +103,11 @@ class _Options(KernelOptions):
     "--mode", type=click.Choice(MODES), default="nested", show_default=True, help="KVM's mode in the lab."
 )
 @kernel_options
+@arch_option
 @click.option("--lpa2", is_flag=True, help="52-bit addresses; nested VMs are slow then.")
 @click.option("--mte", is_flag=True, help="Memory tags; everything is slower then.")
 @click.option(
-    "--memory", type=Size(), help="Memory of the lab's machine; 3G, or what the variant needs, if not given."
+    "--memory", type=Size(), help="Memory of the lab's machine; 3G, or what the kernel needs, if not given."
 )
 @click.option(
     "--limit",
@@ -113,7 +125,11 @@ def conform(**options: Unpack[_Options]) -> None:
     and the leaves of the stage-2 tables. The specification is given the page size, the IPA limit and the
     mode that the kernel reports. A kernel that hangs or panics costs the scenario that it was at; the
     others are played in another boot.
+
+    With --arch x86_64 the kernel is Debian's own, and what it answers is compared with ours, where the law
+    is no matter of arm64; its tables are not shown. Where the two are known to differ, the reason is told.
     """
+    _refuse_what_x86_lacks(options)
     if options["list_only"]:
         _list(choose(options["names"], options["requirement"]))
         return
@@ -126,6 +142,17 @@ def conform(**options: Unpack[_Options]) -> None:
     if run.nothing_compared:
         click.echo(f"prefault: {run.nothing_compared}", err=True)
     click.get_current_context().exit(interruption.status(run.exit_code))
+
+
+def _refuse_what_x86_lacks(options: _Options) -> None:
+    """Refuse options that mean nothing on another architecture.
+
+    :raises UsageError: one was given
+    """
+    arch = arch_of(options)
+    refuse_arm64_kernels(options, arch)
+    if arch.stock and (options["program"] or options["random"]):
+        raise UsageError("--program and --random compare stage-2 tables, which x86 does not show")
 
 
 def _list(names: Sequence[str]) -> None:
@@ -169,8 +196,8 @@ class _Run:
         elif options["random"]:
             self._search()
         else:
-            suite = Suite(choose(options["names"], options["requirement"]))
-            self.comparisons = self.session.compare(suite)
+            names = choose(options["names"], options["requirement"])
+            self.comparisons = self.session.compare(Suite(peers.in_order(options["arch"], names)))
 
     def _search(self) -> None:
         """Play random programs, and make those that differ as small as they go."""
@@ -234,6 +261,7 @@ class _Run:
         """The command that plays just one scenario or program in the same way."""
         options, file = self.options, self.files.get(name)
         words = ["prefault", "conform", *(["--program", str(file)] if file else [name])]
+        words += ["--arch", options["arch"]] if arch_of(options).stock else []
         words += ["--mode", options["mode"]] if options["mode"] != "nested" else []
         words += ["--kernel", str(options["kernel"])] if options["kernel"] else []
         words += ["--variant", options["variant"]] if options["variant"] else []
@@ -263,12 +291,21 @@ def _limit(options: _Options) -> float:
 def machine_options(options: _Options) -> MachineOptions:
     """The lab's machine that the options ask for."""
     memory = options["memory"]
+    arch = arch_of(options)
     return MachineOptions(
-        memory_mib=memory >> 20 if memory else variant_of(options).memory_mib,
+        arch=arch,
+        memory_mib=memory >> 20
+        if memory
+        else in_lab.X86_MIB
+        if arch.stock
+        else variant_of(options).memory_mib,
         mode=options["mode"],
         lpa2=options["lpa2"],
         mte=options["mte"],
-        append=(*in_lab.HUGE_PAGES, *variant_of(options).arguments),
+        append=(
+            *(in_lab.HUGE_PAGES_X86 if arch.stock else in_lab.HUGE_PAGES),
+            *variant_of(options).arguments,
+        ),
     )
 
 
@@ -287,10 +324,15 @@ def _print(run: _Run) -> None:
         console.print("\n".join(lines), markup=False, soft_wrap=True)
         console.print()
     console.print(report.summary(run.comparisons))
-    for line in (*report.skips(run.comparisons), *report.cuts(run.comparisons)):
+    for line in (*report.skips(run.comparisons), *report.cuts(run.comparisons), *_of_peer(run)):
         console.print(line, markup=False, soft_wrap=True)
     noun = "program" if run.programs else "scenario"
     console.print(report.sentence(run.comparisons, noun, session.seconds, session.boots), soft_wrap=True)
+
+
+def _of_peer(run: _Run) -> list[str]:
+    arch = run.options["arch"]
+    return [*report.known(arch, run.comparisons), *report.gone(arch, run.comparisons)]
 
 
 def _json(run: _Run) -> dict[str, object]:
@@ -298,6 +340,7 @@ def _json(run: _Run) -> dict[str, object]:
     session = run.session
     return {
         "mode": run.options["mode"],
+        "arch": run.options["arch"],
         "kernel": image_of(run.options),
         "facts": session.facts,
         "boots": session.boots,
@@ -311,6 +354,7 @@ def _json(run: _Run) -> dict[str, object]:
 
 def _comparison_json(one: Comparison, run: _Run) -> dict[str, object]:
     listed = SCENARIOS.get(one.name)
+    known = peers.known(run.options["arch"], dataclasses.replace(one, verdict=Verdict.DIFFERENT))
     facts: dict[str, object] = {
         "name": one.name,
         "requirements": listed.requirements if listed else (),
@@ -323,6 +367,8 @@ def _comparison_json(one: Comparison, run: _Run) -> dict[str, object]:
         facts["spec"] = {"outcome": one.spec.outcome, "text": one.spec.text}
         facts["kernel"] = {"outcome": one.kernel.outcome, "text": one.kernel.text}
         facts |= {"difference": one.difference, "splats": one.splats, "again": run.again(one.name)}
+    if one.verdict is Verdict.KNOWN and known is not None:
+        facts |= {"peer": known.peer, "reason": known.reason}
     if one.verdict in BAD and one.name in run.programs:
         facts["file"] = run.files.get(one.name)
         facts["program"] = to_json(run.programs[one.name])

@@ -12,6 +12,7 @@ from typing import cast
 from prefault.conform.suite import Play
 from prefault.lab import splat
 from prefault.scenarios.program import COULD_NOT
+from prefault.scenarios.scenario import LEAVES
 
 
 class Verdict(enum.Enum):
@@ -19,6 +20,8 @@ class Verdict(enum.Enum):
 
     EQUAL = "equal"
     """The law holds on both sides, and both show the same."""
+    KNOWN = "known"
+    """They differ as the kernel of another architecture is known to: ``conform.peers`` says why."""
     DIFFERENT = "different"
     FAILED = "failed"
     """Both sides show the same, and the law does not hold."""
@@ -69,8 +72,14 @@ class Comparison:
     splats: tuple[str, ...] = ()
 
 
-def compare(spec: Play, kernel: Play) -> Comparison:
-    """Compare what a scenario showed on both sides."""
+def compare(spec: Play, kernel: Play, *, tables: bool = True) -> Comparison:
+    """Compare what a scenario showed on both sides.
+
+    :param tables: whether the kernel shows its stage-2 tables; if not, they are left out
+    """
+    if not tables:
+        seen = tuple(one for one in spec.observations if one[0] != LEAVES)
+        spec = dataclasses.replace(spec, observations=seen)
     splats = splat.find("\n".join(kernel.kernel_log))
     count, difference, cut = _first_difference(spec, kernel)
     verdict = _verdict(spec, kernel, difference, bool(cut))
@@ -79,9 +88,11 @@ def compare(spec: Play, kernel: Play) -> Comparison:
     return Comparison(spec.name, verdict, spec, kernel, difference, count, cut, splats)
 
 
-def compare_all(spec: Mapping[str, Play], kernel: Mapping[str, Play]) -> list[Comparison]:
+def compare_all(
+    spec: Mapping[str, Play], kernel: Mapping[str, Play], *, tables: bool = True
+) -> list[Comparison]:
     """Compare suites that were played whole."""
-    return [compare(spec[name], play) for name, play in kernel.items()]
+    return [compare(spec[name], play, tables=tables) for name, play in kernel.items()]
 
 
 def without_capability(one: Comparison) -> Comparison:

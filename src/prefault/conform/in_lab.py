@@ -24,6 +24,9 @@ LIMIT_SECONDS = 60.0
 """What one scenario may take; the slowest takes 3 s."""
 _PROGRAMS = "/programs.json"
 _STARTING_SECONDS = 30
+X86_MIB = 4096
+"""Memory of a machine that has a huge page of 1 GiB to spare; x86 has a hole below 4 GiB."""
+HUGE_PAGES_X86 = ("hugepages=4", "hugepagesz=1G", "hugepages=1")
 HUGE_PAGES = ("hugepages=4", "hugepagesz=32M", "hugepages=1", "hugepagesz=1G", "hugepages=1")
 """Kernel arguments that set pages of every size aside, as only a booting kernel can."""
 

@@ -22,6 +22,8 @@ def host_config(facts: Mapping[str, object]) -> HostConfig:
     That it has DIC and FWB is taken for granted: the lab's CPU has.
     """
     page_size, ipa_limit = _number(facts["page_size"]), _number(facts["ipa_limit"])
+    if not facts.get("guests", True):
+        ipa_limit = _LPA  # another architecture's host, which has no such limit: as ours usually has
     kinds, hugetlb = facts["vm_kinds"], facts["hugetlb"]
     assert isinstance(kinds, list)
     assert isinstance(hugetlb, dict)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prefault.conform import in_lab, on_spec
+from prefault.conform import in_lab, on_spec, peers
 from prefault.conform.compare import BAD, Comparison, Verdict, compare_all, without_capability
 from prefault.conform.shrink import shrink
 from prefault.conform.suite import Suite
@@ -57,8 +57,16 @@ class Session:
         spec = on_spec.play(suite, config, self.progress.step)
         self.seconds["kernel"] += middle - start
         self.seconds["specification"] += time.monotonic() - middle
-        found = compare_all(spec, lab.plays)
+        found = self._judged(compare_all(spec, lab.plays, tables=not self.options.arch.stock))
         return found if on_spec.can_pre_fault(self.facts) else [without_capability(one) for one in found]
+
+    def _judged(self, found: list[Comparison]) -> list[Comparison]:
+        """Comparisons, those that differ as is known of this architecture told from others."""
+        arch = self.options.arch.name
+        return [
+            dataclasses.replace(one, verdict=Verdict.KNOWN) if peers.known(arch, one) else one
+            for one in found
+        ]
 
     def differing(self, programs: Mapping[str, VmmProgram]) -> set[str]:
         """The programs that show a difference."""

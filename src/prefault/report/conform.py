@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from typing import cast
 
 from rich.table import Table
 
+from prefault.conform import peers
 from prefault.conform.compare import BAD, Comparison, Difference, Verdict
 from prefault.machine import Leaf
 from prefault.report.units import plural
@@ -18,6 +20,7 @@ from prefault.scenarios.program import VmmProgram, leaf_line
 
 _MEANING = {
     Verdict.EQUAL: "the law holds on both sides, and both show the same",
+    Verdict.KNOWN: "the peer answers otherwise, as is known, and ours does not for a reason",
     Verdict.DIFFERENT: "the two sides do not show the same",
     Verdict.FAILED: "both sides show the same, and the law does not hold",
     Verdict.SPLAT: "the kernel logged what a sound kernel never logs",
@@ -64,6 +67,27 @@ def cuts(comparisons: Iterable[Comparison]) -> list[str]:
         f"{one.name}: {plural(one.compared, 'action')} of {len(one.spec.observations)} compared; {one.cut}"
         for one in comparisons
         if one.cut
+    ]
+
+
+def known(arch: str, comparisons: Iterable[Comparison]) -> list[str]:
+    """What is known of a peer and was seen, each once, with the reason why ours is otherwise."""
+    seen: dict[peers.Known, int] = {}
+    for one in comparisons:
+        entry = peers.known(arch, dataclasses.replace(one, verdict=Verdict.DIFFERENT))
+        if one.verdict is Verdict.KNOWN and entry is not None:
+            seen[entry] = seen.get(entry, 0) + 1
+    return [
+        f"{plural(count, 'scenario')} known to differ: on {arch}, {entry.peer}; not so here ({entry.reason})"
+        for entry, count in seen.items()
+    ]
+
+
+def gone(arch: str, comparisons: Sequence[Comparison]) -> list[str]:
+    """What was known of a peer and is not so any more."""
+    return [
+        f"no longer so on {arch}: {entry.peer}; take it out of prefault.conform.peers"
+        for entry in peers.gone(arch, comparisons)
     ]
 
 
@@ -159,9 +183,11 @@ def sentence(comparisons: Sequence[Comparison], noun: str, seconds: dict[str, fl
     """One line about the whole run."""
     bad = sum(one.verdict in BAD for one in comparisons)
     equal = sum(one.verdict is Verdict.EQUAL for one in comparisons)
+    known = sum(one.verdict is Verdict.KNOWN for one in comparisons)
+    as_known = f", {known:,} different as known" if known else ""
     seen = sum(one.compared for one in comparisons)
     times = ", ".join(f"{side} {spent:.1f} s" for side, spent in seconds.items())
     return (
-        f"{equal:,} of {plural(len(comparisons), noun)} equal, {bad:,} not, "
+        f"{equal:,} of {plural(len(comparisons), noun)} equal{as_known}, {bad:,} not, "
         f"{seen:,} observations compared; {times}, {plural(boots, 'boot')}"
     )

@@ -145,6 +145,8 @@ _IPA_BITS = (32, 33, 36, 39, 40, 41, 42, 44, 47, 48, 49, 52)
 @scenarios("M14", "M10", cases=[(bits,) for bits in _IPA_BITS])
 def the_top_of_the_ipa_space_can_be_prefaulted(stage: Stage, bits: int) -> None:
     limit = stage.kvm.check_extension(KVM_CAP_ARM_VM_IPA_SIZE)
+    if not limit:
+        raise CapabilityMissing("VMs have no choice of an IPA space here")
     if bits > limit:
         raise CapabilityMissing(f"IPA spaces have up to {limit} bits here, not {bits}; boot with LPA2 for 52")
     pages = 16
