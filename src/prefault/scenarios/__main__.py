@@ -33,6 +33,7 @@ from prefault.scenarios.scenario import Outcome
 KMSG = "/dev/kmsg"
 _LOOK_SECONDS = 1.0
 _GRACE_SECONDS = 5.0
+_GIVEN_BACK = {"SecPageTables": "stage-2 tables", "Unevictable": "memory that cannot be reclaimed, as guest_memfd's"}
 
 
 class KernelLog:
@@ -65,31 +66,30 @@ def play(wanted: list[Scenario], facts: bool) -> int:
     failed, log = 0, KernelLog()
     with open_host() as kvm:
         for one in wanted:
-            before = _stage2_kib()
+            before = _taken()
             outcome = perform(kvm, one)
-            leaked = _stage2_kib_left(before)
+            leaked = _leaked(before)
             if leaked and outcome.outcome == "passed":
-                text = f"{leaked} KiB of stage-2 tables were not given back"
-                outcome = dataclasses.replace(outcome, outcome="failed", text=text)
+                outcome = dataclasses.replace(outcome, outcome="failed", text=f"{leaked} were not given back")
             failed += outcome.outcome == "failed"
             _report(outcome, log.read())
     return int(failed > 0)
 
 
-def _stage2_kib() -> int:
-    """What the kernel's stage-2 tables take, of all VMs; 0 where it does not say."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^SecPageTables: +(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        return int(found[1]) if found else 0
-    return 0
+def _taken() -> dict[str, int]:
+    """KiB that are taken for what all VMs give back when they are gone; none where the kernel does not say."""
+    found = re.findall(r"^(\w+): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return {what: int(kib) for name, kib in found if (what := _GIVEN_BACK.get(name))}
 
 
-def _stage2_kib_left(before: int) -> int:
-    """How much more they take than before. Tables that walks may still be in go a little later."""
+def _leaked(before: dict[str, int]) -> str:
+    """What is not given back. Tables that walks may still be in, and pages, go a little later."""
     until = time.monotonic() + _GRACE_SECONDS
-    while (left := _stage2_kib() - before) > 0 and time.monotonic() < until:
+    while True:
+        left = {what: kib - before[what] for what, kib in _taken().items() if kib > before[what]}
+        if not left or time.monotonic() > until:
+            return ", ".join(f"{kib} KiB of {what}" for what, kib in left.items())
         time.sleep(0.01)
-    return max(0, left)
 
 
 def _report(outcome: Outcome, log: list[str]) -> None:
