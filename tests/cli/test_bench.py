@@ -13,6 +13,7 @@ import pytest
 
 from prefault.bench.cases import Case
 from prefault.bench.measure import Measured
+from prefault.bench.pairs import WAYS, Pair, PairAsk
 from prefault.bench.waits import KINDS, Ask, Waits
 from prefault.cli import bench as command
 from prefault.cli.interrupt import INTERRUPTED
@@ -174,6 +175,9 @@ def test_a_plot_is_drawn_into_the_file(lab: FakeLab, tmp_path: Path) -> None:
         "--size 1M",
         "nobody",
         "--waits thp/*",
+        "--pairs thp/*",
+        "--pairs --waits",
+        "--by-function --pairs private/resident",
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(lab: FakeLab, tmp_path: Path, words: str) -> None:
@@ -220,3 +224,19 @@ def test_waits_are_shown_of_both_kernels(
     text = capsys.readouterr().out
     assert text.count("2 µs") == 2 * 2 * len(KINDS)
     assert "page at a time: pre-faulting" in text
+
+
+def test_what_two_vcpus_take_is_shown_as_a_share_of_what_one_does(
+    monkeypatch: pytest.MonkeyPatch, lab: FakeLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    took = {"one": (100, 100), "halves": (60, 110), "both all": (90, 170)}
+
+    def fake(boot: in_lab.Boot, settings: in_lab.Settings, ask: PairAsk) -> list[Pair]:
+        rounds = range(1, 1 + ask.rounds)
+        return [Pair(way, took[way][0] * slow, took[way][1] * slow) for slow in rounds for way in WAYS]
+
+    monkeypatch.setattr(in_lab, "pairs", fake)
+    assert main(["bench", "--pairs", "--no-compare"]) == ExitCode.DONE
+    text = capsys.readouterr().out
+    for line, shares in (("a half each", ["0.60", "1.10"]), ("all of it each", ["0.90", "1.70"])):
+        assert next(found for found in text.splitlines() if line in found).split()[-2:] == shares

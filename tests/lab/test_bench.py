@@ -10,11 +10,12 @@ import pytest
 
 from prefault.bench.cases import MIB, choose
 from prefault.bench.measure import Measured
+from prefault.bench.pairs import PairAsk
 from prefault.bench.waits import KINDS, Ask
 from prefault.lab import bench
 from prefault.lab.bench import Boot, Settings
 from prefault.lab.profile import profile
-from prefault.report.bench import per_leaf
+from prefault.report.bench import per_leaf, share_of_one
 from prefault.report.profile import INTERRUPTS, MMU_LOCK, RESCHED
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
@@ -96,3 +97,8 @@ def test_others_go_on_while_memory_is_pre_faulted() -> None:
         (kind, busy) for kind in KINDS for busy in (False, True)
     }
     assert all(one.ns for one in found)
+
+
+def test_two_vcpus_do_not_do_the_work_twice() -> None:
+    pairs = bench.pairs(Boot("nested", ()), Settings(timeout=300), PairAsk(size=64 * MIB, rounds=5))
+    assert min(cpu for _, cpu in share_of_one(pairs, "both all")) < 1.7

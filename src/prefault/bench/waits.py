@@ -21,17 +21,16 @@ import itertools
 import json
 import os
 import sys
-import threading
 import time
 from dataclasses import dataclass
 
-from prefault.abi import ioctls, structures
-from prefault.errors import KvmError, Mismatch, PrefaultError
+from prefault.abi import ioctls
+from prefault.bench.prefaulter import PreFaulter
+from prefault.errors import Mismatch, PrefaultError
 from prefault.guest import port
 from prefault.guest.program import Marker, Program, Read
 from prefault.kvm import mapping, open_kvm
 from prefault.kvm.system import Kvm
-from prefault.kvm.vcpu import Vcpu
 from prefault.kvm.vm import Vm
 from prefault.machine import Backing, MemoryRegion, Resident
 
@@ -79,26 +78,6 @@ class Waits:
     ns: list[int]
 
 
-class _PreFaulter(threading.Thread):
-    """Pre-faults a range once, on the first CPU."""
-
-    def __init__(self, vcpu: Vcpu, gpa: int, size: int) -> None:
-        super().__init__()
-        self._request = structures.kvm_pre_fault_memory(gpa, size, 0)
-        self._vcpu = vcpu
-        self.gate = threading.Event()
-        self.error: KvmError | None = None
-
-    def run(self) -> None:
-        """Until all of it is done."""
-        os.sched_setaffinity(0, {0})
-        address = ctypes.addressof(self._request)
-        self.gate.set()
-        while self._request.size and not self.error:
-            if _libc.ioctl(self._vcpu.fd, ioctls.KVM_PRE_FAULT_MEMORY, address):
-                self.error = KvmError("KVM_PRE_FAULT_MEMORY", ctypes.get_errno())
-
-
 class _Ground:
     """A VM with two vCPUs and one large memslot."""
 
@@ -137,10 +116,10 @@ class _Ground:
             self._expect(port.proceed(self._runner), 0)
         once = {"fault": self._touch, "invalidation": self._forget}[kind]
         hva = self.vm.hva_of(ours)
-        other = _PreFaulter(self._pre_faulter, gpa, self._ask.size) if busy else None
+        other = PreFaulter(self._pre_faulter, gpa, self._ask.size, cpu=0) if busy else None
         if other:
             other.start()
-            other.gate.wait()
+            other.ready.wait()
         found = []
         for index in range(1, self._ask.samples + 1):
             spent = once(index, hva)
@@ -148,9 +127,7 @@ class _Ground:
                 break
             found.append(spent)
         if other:
-            other.join()
-            if other.error:
-                raise other.error
+            other.finish()
         return found
 
     def _touch(self, index: int, _: int) -> int:

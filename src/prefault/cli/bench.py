@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import click
 from rich.table import Table
 
 from prefault.bench.cases import MIB, SIZE, Case, Context, choose
 from prefault.bench.measure import Measured
-from prefault.bench.waits import Ask, Waits
+from prefault.bench.pairs import PairAsk
+from prefault.bench.waits import Ask
 from prefault.cli import output
 from prefault.cli.interrupt import results_kept
 from prefault.cli.kernels import KernelOptions, image_of, kernel_options, variant_of
@@ -39,6 +41,7 @@ Examples:
   prefault bench --kernel arch/arm64/boot/Image     judge another kernel
   prefault bench --all --plot cost.svg              everything, and a picture
   prefault bench --by-function guest-memfd/resident where the instructions go
+  prefault bench --pairs                            two vCPUs, a half each, and all of it each
   prefault bench --list                             what there is
 
 \b
@@ -58,6 +61,7 @@ class _Options(KernelOptions):
     page_at_a_time: Path | None
     by_function: bool
     waits: bool
+    pairs: bool
     repeat: int
     memory: int | None
     timeout: float
@@ -102,6 +106,11 @@ class _Options(KernelOptions):
     help="Measure instead how long demand faults and invalidations take while another vCPU pre-faults.",
 )
 @click.option(
+    "--pairs",
+    is_flag=True,
+    help="Measure instead what a second vCPU brings, with a half each, and when both do all of it.",
+)
+@click.option(
     "--repeat",
     type=click.IntRange(min=1),
     default=3,
@@ -136,8 +145,8 @@ def bench(**options: Unpack[_Options]) -> None:
     same figures. NAMES are patterns as in the shell.
     """
     _check_usage(options)
-    if options["waits"]:
-        _waits(options)
+    if options["waits"] or options["pairs"]:
+        _timed(options)
         return
     chosen = choose(options["names"], everything=options["everything"], sizes=options["size"])
     if options["list_only"]:
@@ -189,10 +198,15 @@ def _check_usage(options: _Options) -> None:
             "--by-function takes the names of some cases, draws no plot, and sees only what runs at kernel "
             "addresses, which under pKVM and nVHE the hypervisor does not: --mode nested"
         )
-    if options["waits"] and (
+    timed = [name for name in ("waits", "pairs", "by_function") if options[name]]
+    if len(timed) > 1:
+        raise UsageError("--waits, --pairs and --by-function measure different things: give one of them")
+    if (options["waits"] or options["pairs"]) and (
         options["names"] or plot or len(options["mode"]) > 1 or len(options["size"]) > 1
     ):
-        raise UsageError("--waits has one case of its own and draws no plot: give at most one size and mode")
+        raise UsageError(
+            f"--{timed[0]} has one case of its own and draws no plot: give at most one size and mode"
+        )
     if options["variant"] == "6.12" and options["compare"] and not options["page_at_a_time"]:
         raise UsageError("the page-at-a-time version is built of the series for 7.3 only: add --no-compare")
 
@@ -260,22 +274,28 @@ def _by_function(boots: tuple[Boot, ...], settings: Settings, options: _Options)
     click.get_current_context().exit(interruption.status(ExitCode.DONE))
 
 
-def _waits(options: _Options) -> None:
-    """How long others wait, on this kernel and on the page-at-a-time version."""
-    ask = Ask(size=options["size"][0]) if options["size"] else Ask()
-    mode = options["mode"][0] if options["mode"] else "nested"
-    found: dict[str, list[Waits]] = {}
+def _timed(options: _Options) -> None:
+    """How long others wait, or two take, on this kernel and on the page-at-a-time version."""
+    size = {"size": options["size"][0]} if options["size"] else {}
+    boot = Boot(options["mode"][0] if options["mode"] else "nested", ())
+    ask = Ask(**size) if options["waits"] else PairAsk(**size)
+    found: dict[str, Any] = {}
     with results_kept(lambda: found) as interruption, drawn() as progress:
         kernels = {"this kernel": image_of(options)}
         if options["compare"]:
             kernels[report.PAGE_WISE] = _old_kernel(options, progress)
         for name, kernel in kernels.items():
             progress.stage(name)
-            found[name] = in_lab.waits(Boot(mode, (), kernel), _settings(options), ask)
+            on = replace(boot, kernel=kernel)
+            if isinstance(ask, Ask):
+                found[name] = in_lab.waits(on, _settings(options), ask)
+            else:
+                found[name] = in_lab.pairs(on, _settings(options), ask)
+    what, table = ("waits", report.waits_table) if options["waits"] else ("pairs", report.pairs_table)
     if output.wants_json():
-        output.emit("bench", {"size": ask.size, "waits": found})
+        output.emit("bench", {"size": ask.size, what: found})
     else:
-        output.stdout(report.WIDTH).print(report.waits_table(found))
+        output.stdout(report.WIDTH).print(table(found))
     click.get_current_context().exit(interruption.status(ExitCode.DONE))
 
 

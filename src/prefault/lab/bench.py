@@ -11,13 +11,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from prefault.bench.cases import MIB, Case
 from prefault.bench.measure import Measured
+from prefault.bench.pairs import WAYS, Pair, PairAsk
 from prefault.bench.waits import KINDS, Ask, Waits
 from prefault.errors import LabError
 from prefault.lab.frames import Kind
-from prefault.lab.job import Job, command_line, run_job
+from prefault.lab.job import Job, JobResult, command_line, run_job
 from prefault.lab.machine import MachineOptions
 from prefault.lab.quiet import quietly
 from prefault.machine import Backing
@@ -150,12 +152,33 @@ def waits(boot: Boot, settings: Settings, ask: Ask) -> list[Waits]:
 
     :raises LabError: the machine was lost, ran over its time, or ended without all results
     """
-    argv = ("python3", "-m", "prefault.bench.waits", json.dumps(asdict(ask)))
+    found = _timed("prefault.bench.waits", boot, settings, ask)
+    return [Waits(**one) for one in _all_of(found, 2 * len(KINDS))]
+
+
+def pairs(boot: Boot, settings: Settings, ask: PairAsk) -> list[Pair]:
+    """Boot a machine with several CPUs, and see what two vCPUs do together.
+
+    :raises LabError: the machine was lost, ran over its time, or ended without all results
+    """
+    found = _timed("prefault.bench.pairs", boot, settings, ask)
+    return [Pair(**one) for one in _all_of(found, ask.rounds * len(WAYS))]
+
+
+def _timed(module: str, boot: Boot, settings: Settings, ask: Ask | PairAsk) -> JobResult:
+    argv = ("python3", "-m", module, json.dumps(asdict(ask)))
     memory = settings.memory_mib or 2 * (ask.size // MIB) + 2 * _SYSTEM_MIB
     options = MachineOptions(memory_mib=memory, cpus=WAIT_CPUS, mode=boot.mode, append=settings.append)
-    done = run_job(Job(quietly(argv), timeout=settings.timeout), options, kernel=boot.kernel)
-    found = [Waits(**json.loads(line)) for line in done.stdout.splitlines()]
-    if done.status or len(found) != 2 * len(KINDS):
+    return run_job(Job(quietly(argv), timeout=settings.timeout), options, kernel=boot.kernel)
+
+
+def _all_of(done: JobResult, count: int) -> list[dict[str, Any]]:
+    """What a job has found, a line each.
+
+    :raises LabError: it did not find so much
+    """
+    lines = done.stdout.splitlines()
+    if done.status or len(lines) != count:
         last = "\n".join(done.stderr.decode(errors="replace").strip().splitlines()[-8:])
         raise LabError(f"measuring ended with status {done.status}; see {done.run_dir}\n{last}")
-    return found
+    return [json.loads(line) for line in lines]

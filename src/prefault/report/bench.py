@@ -13,6 +13,7 @@ from rich.text import Text
 
 from prefault.bench.cases import AGAIN, HOLD, PKVM_SHARE, SIZE, SPREAD, Case
 from prefault.bench.measure import Measured
+from prefault.bench.pairs import WAYS, Pair
 from prefault.bench.waits import Waits
 from prefault.machine import Resident
 from prefault.report.profile import LONGEST, MMU_LOCK, Profile
@@ -285,6 +286,34 @@ def waits_table(found: Mapping[str, Sequence[Waits]]) -> Table:
                         what, meanwhile, f"{len(one.ns):,}", *map(format_duration, quantiles(one.ns))
                     )
     return made
+
+
+PAIRED = {"one": "one vCPU", "halves": "two vCPUs, a half each", "both all": "two vCPUs, all of it each"}
+
+
+def pairs_table(found: Mapping[str, Sequence[Pair]]) -> Table:
+    """What two vCPUs take for what one does, as medians over the rounds.
+
+    :param found: by version
+    """
+    made = Table(title="Time, emulated: pre-faulting with two vCPUs, as shares of what one takes", box=None)
+    made.add_column("who", no_wrap=True)
+    made.add_column("version", no_wrap=True)
+    for heading in ("times", "time", "CPU time of both"):
+        made.add_column(heading, justify="right")
+    for way in WAYS:
+        for version, pairs in found.items():
+            rounds = share_of_one(pairs, way)
+            elapsed, spent = (statistics.median(shares) for shares in zip(*rounds, strict=True))
+            made.add_row(PAIRED[way], version, f"{len(rounds):,}", f"{elapsed:.2f}", f"{spent:.2f}")
+    return made
+
+
+def share_of_one(pairs: Sequence[Pair], way: str) -> list[tuple[float, float]]:
+    """Time and CPU time of one way, over those of one vCPU in the same round."""
+    alone = [pair for pair in pairs if pair.way == WAYS[0]]
+    others = [pair for pair in pairs if pair.way == way]
+    return [(b.ns / a.ns, b.cpu_ns / a.cpu_ns) for a, b in zip(alone, others, strict=True)]
 
 
 def quantiles(values: Sequence[int]) -> tuple[int, int, int, int]:

@@ -33,7 +33,10 @@ from prefault.scenarios.scenario import Outcome
 KMSG = "/dev/kmsg"
 _LOOK_SECONDS = 1.0
 _GRACE_SECONDS = 5.0
-_GIVEN_BACK = {"SecPageTables": "stage-2 tables", "Unevictable": "memory that cannot be reclaimed, as guest_memfd's"}
+_GIVEN_BACK = {
+    "SecPageTables": "stage-2 tables",
+    "Unevictable": "memory that cannot be reclaimed, as guest_memfd's",
+}
 
 
 class KernelLog:
@@ -77,7 +80,7 @@ def play(wanted: list[Scenario], facts: bool) -> int:
 
 
 def _taken() -> dict[str, int]:
-    """KiB that are taken for what all VMs give back when they are gone; none where the kernel does not say."""
+    """KiB taken for what VMs give back when they are gone; nothing where the kernel does not say."""
     found = re.findall(r"^(\w+): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     return {what: int(kib) for name, kib in found if (what := _GIVEN_BACK.get(name))}
 
