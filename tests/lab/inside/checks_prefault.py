@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from prefault.errors import KvmError
 from prefault.guest import port
-from prefault.guest.program import DeviceRead, Marker, Report, Walk
-from prefault.machine import Backing, MmioExit, PreFaultProgress, Resident, VcpuConfig
+from prefault.guest.program import DeviceRead, Marker, Read, Report, Walk
+from prefault.machine import Backing, Failed, MmioExit, PreFaultProgress, Resident, VcpuConfig
 from tests.lab.inside.checks import Checks, main
 from tests.lab.inside.guests import DATA, DEVICE, LOG, MIB, PAGE, READONLY, finish, make_vm, start, until_exit
 
@@ -75,6 +78,46 @@ def where_no_slot_is_says_enoent_with_the_place() -> None:
             assert "memslot" in str(error), error
             return
         raise AssertionError("accepted")
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_NR_MEMFD_SECRET = 447
+_MAP_FIXED = 0x10
+
+
+def _put_secret_memory_at(hva: int) -> None:
+    fd = _libc.syscall(_NR_MEMFD_SECRET, 0)
+    assert fd >= 0, os.strerror(ctypes.get_errno())
+    os.ftruncate(fd, PAGE)
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    assert _libc.mmap(hva, PAGE, access, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) == hva
+    ctypes.memset(hva, 0x5A, PAGE)
+    os.close(fd)
+
+
+@checks
+def secret_memory_is_no_more_the_guests_than_by_its_own_faults() -> None:
+    secret = DATA + SIZE // 2
+    with make_vm(SIZE, resident=Resident.WRITE) as vm:
+        _put_secret_memory_at(vm.hva_of(secret))
+        try:
+            vm.create_vcpu().pre_fault_memory(DATA, SIZE)
+        except KvmError as error:
+            assert (error.errno, error.gpa) == (errno.EFAULT, secret), error
+        else:
+            raise AssertionError("secret memory was pre-faulted")
+        assert sum(leaf.size for leaf in vm.stage2()) == SIZE // 2
+        vcpu = start(vm, Read(secret), Marker(0))
+        assert until_exit(vcpu) == Failed(errno.EFAULT)
 
 
 @checks.each(
