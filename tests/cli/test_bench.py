@@ -20,7 +20,7 @@ from prefault.cli.interrupt import INTERRUPTED
 from prefault.cli.main import main
 from prefault.errors import ExitCode, LabLost
 from prefault.lab import bench as in_lab
-from prefault.lab import compare
+from prefault.lab import compare, stock
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, JobResult
 from prefault.lab.machine import MachineOptions
@@ -97,6 +97,25 @@ def test_json_has_the_costs_of_both_kernels(lab: FakeLab, capsys: pytest.Capture
 def test_without_comparison_one_kernel_is_booted(lab: FakeLab) -> None:
     assert main(["bench", "--no-compare", "--mode", "nested", "thp/*"]) == ExitCode.DONE
     assert lab.boots == [("nested", None)]
+
+
+def test_a_peer_is_measured_in_the_same_table(
+    lab: FakeLab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stock, "current", lambda arch: None)
+    names = ["private/resident", "private/resident/nested", "hugetlb-32M/*"]
+    assert main(["bench", "--json", "--peer", "--mode", "nested", *names]) == ExitCode.DONE
+    rows = [(row["mode"], row["case"]["name"]) for row in reported(capsys)["rows"]]
+    assert [name for mode, name in rows if mode == "x86_64"] == ["private/resident"]
+    assert [options.arch.name for options in lab.options] == ["arm64", "x86_64", "arm64"]
+
+
+def test_a_peer_that_was_not_fetched_is_told_before_anything_is_measured(
+    lab: FakeLab, capsys: pytest.CaptureFixture[str], own_cache: Path
+) -> None:
+    assert main(["bench", "--peer", "private/resident"]) == ExitCode.MISSING
+    assert "prefault lab build --arch x86_64" in capsys.readouterr().err
+    assert lab.boots == []
 
 
 def test_what_is_too_dear_is_named_and_ends_with_1_if_asked(

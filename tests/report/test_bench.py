@@ -73,6 +73,18 @@ def test_under_pkvm_nothing_is_judged_without_the_page_wise_cost() -> None:
     assert row(PAGES, 99_999, mode="protected").bar is None
 
 
+def test_nothing_is_asked_of_a_peer_and_its_share_stands_beside_ours() -> None:
+    rows = [
+        row(PAGES, 50),
+        row(PAGES, 4000, 3000, report.PEER),
+        row(PAGES.sized(64 * MIB), 9000, 1, report.PEER),
+    ]
+    assert report.failures(rows) == [] and rows[1].bar is None
+    remarks = list(report.remarks(rows))
+    assert any("x86 and here: private/resident 0.80 and 0.01" in line for line in remarks)
+    assert not any("x86" in line for line in report.remarks(rows[:1]))
+
+
 def test_sizes_within_five_percent_hold_and_others_do_not() -> None:
     large = PAGES.sized(1024 * MIB)
     assert report.failures([row(PAGES, 60), row(large, 63)]) == []

@@ -101,6 +101,11 @@ class Case:
         return dataclasses.replace(self, size=whole)
 
     @property
+    def has_peer(self) -> bool:
+        """Whether x86 can have it, too: huge pages there are of 2 MiB and of 1 GiB, and there is no L1."""
+        return self.context is Context.ORDINARY and self.page_size in (0, 2 * MIB, 1024 * MIB)
+
+    @property
     def granularity(self) -> int:
         """What sizes must be multiples of, on every granule: a level-2 block of 4 KiB pages."""
         return max(2 * MIB, self.page_size)

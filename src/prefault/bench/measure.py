@@ -32,13 +32,12 @@ from prefault.abi import ioctls, structures
 from prefault.bench.cases import Case, Context
 from prefault.errors import CapabilityMissing, KvmError, Mismatch, PrefaultError
 from prefault.guest import port
-from prefault.guest.compile import compile_program
 from prefault.guest.program import EnterL2, L2Mapping, Marker, Program, Walk
 from prefault.guest.tables import leaf_size
-from prefault.kvm import host, hugepages, mapping, open_kvm
-from prefault.kvm.system import Kvm
+from prefault.kvm import Kvm, X86Kvm, host, hugepages, mapping, open_host
 from prefault.kvm.vcpu import Vcpu
 from prefault.kvm.vm import Vm
+from prefault.kvm.x86 import X86Vcpu, X86Vm
 from prefault.machine import Backing, MemoryRegion, Resident, VcpuConfig
 from prefault.scenarios.walker import leaves_by_level
 
@@ -126,11 +125,11 @@ def _failing() -> int:
 class Machine:
     """A VM with the memory of a case, and a vCPU that stands where it is pre-faulted: at marker 0."""
 
-    def __init__(self, kvm: Kvm, case: Case) -> None:
+    def __init__(self, kvm: Kvm | X86Kvm, case: Case) -> None:
         self.page_size = kvm.page_size
         self._case = case
         self.unit = unit_of(case, kvm.page_size)
-        self.vm: Vm = kvm.create_vm()
+        self.vm: Vm | X86Vm = kvm.create_vm()
         try:
             self._set_up()
         except BaseException:
@@ -146,7 +145,7 @@ class Machine:
     def _set_up(self) -> None:
         case = self._case
         program = Program(self._steps(), CODE)
-        size = -(-len(compile_program(program, self.page_size).data) // _CODE_ALIGNMENT) * _CODE_ALIGNMENT
+        size = -(-self.vm.program_size(program) // _CODE_ALIGNMENT) * _CODE_ALIGNMENT
         self.vm.set_user_memory_region(MemoryRegion(0, CODE, size, resident=Resident.WRITE))
         self.vm.set_user_memory_region(
             MemoryRegion(
@@ -161,7 +160,7 @@ class Machine:
             )
         )
         self.vm.install(program)
-        self.vcpu: Vcpu = self.vm.create_vcpu(VcpuConfig(el2=case.context is not Context.ORDINARY))
+        self.vcpu: Vcpu | X86Vcpu = self.vm.create_vcpu(VcpuConfig(el2=case.context is not Context.ORDINARY))
         self.vcpu.load(program)
         self._expect(port.proceed(self.vcpu), 0)
         time.sleep(_SETTLE_SECONDS)
@@ -263,7 +262,7 @@ def _populates(case: Case) -> dict[str, Callable[[Machine], int]]:
     return ways
 
 
-def measure(kvm: Kvm, case: Case, repeat: int, *, ioctl_only: bool = False) -> Measured:
+def measure(kvm: Kvm | X86Kvm, case: Case, repeat: int, *, ioctl_only: bool = False) -> Measured:
     """Measure one case.
 
     :param repeat: how often; many leaves are measured once, and only what the guest and the ioctl do
@@ -295,7 +294,7 @@ def _answer(line: str) -> str:
     case = Case.from_json(asked["case"])
     gc.disable()
     try:
-        with open_kvm() as kvm:
+        with open_host() as kvm:
             found = measure(kvm, case, asked["repeat"], ioctl_only=asked["ioctl_only"])
     except PrefaultError as error:
         found = Measured(case.name, case.size, 0, 0, skipped=str(error))

@@ -24,7 +24,8 @@ from prefault.cli.values import KernelImage, Size
 from prefault.cli.walks import print_command
 from prefault.errors import ExitCode, LabError, UsageError
 from prefault.lab import bench as in_lab
-from prefault.lab import build, compare
+from prefault.lab import build, compare, stock
+from prefault.lab.arch import ARM64, X86_64
 from prefault.lab.bench import Boot, Settings
 from prefault.lab.machine import MODES
 from prefault.lab.profile import profile
@@ -39,6 +40,7 @@ Examples:
   prefault bench 'private/*' guest-memfd/resident   some of them
   prefault bench --size 32M --size 4G private/resident
   prefault bench --kernel arch/arm64/boot/Image     judge another kernel
+  prefault bench --peer 'private/*'                 with x86's ioctl in the same table
   prefault bench --all --plot cost.svg              everything, and a picture
   prefault bench --by-function guest-memfd/resident where the instructions go
   prefault bench --pairs                            two vCPUs, a half each, and all of it each
@@ -58,6 +60,7 @@ class _Options(KernelOptions):
     size: tuple[int, ...]
     mode: tuple[str, ...]
     compare: bool
+    peer: bool
     page_at_a_time: Path | None
     by_function: bool
     waits: bool
@@ -89,6 +92,11 @@ class _Options(KernelOptions):
     default=True,
     show_default=True,
     help="Measure the page-at-a-time version of the ioctl, too; it is built once.",
+)
+@click.option(
+    "--peer",
+    is_flag=True,
+    help="Measure x86's older ioctl, too, on the kernel that `prefault lab build --arch x86_64` fetches.",
 )
 @click.option(
     "--page-at-a-time",
@@ -207,6 +215,8 @@ def _check_usage(options: _Options) -> None:
         raise UsageError(
             f"--{timed[0]} has one case of its own and draws no plot: give at most one size and mode"
         )
+    if options["peer"] and timed:
+        raise UsageError(f"--peer adds rows to the table, which --{timed[0].replace('_', '-')} does not draw")
     if options["variant"] == "6.12" and options["compare"] and not options["page_at_a_time"]:
         raise UsageError("the page-at-a-time version is built of the series for 7.3 only: add --no-compare")
 
@@ -241,6 +251,10 @@ def _plan(chosen: tuple[Case, ...], options: _Options) -> Iterator[Boot]:
             yield Boot(mode, cases, kernel)
         elif options["mode"]:
             raise UsageError(f"nothing to measure in mode {mode}: nested guests need --mode nested")
+    of_peer = tuple(case for case in chosen if case.has_peer)
+    if options["peer"] and of_peer:
+        stock.current(X86_64)  # what is missing is told before anything is measured
+        yield Boot("nested", of_peer, arch=X86_64)
 
 
 def _by_function(boots: tuple[Boot, ...], settings: Settings, options: _Options) -> None:
@@ -318,7 +332,8 @@ class _Results:
         boots = list(self.boots)
         if options["compare"]:
             old = _old_kernel(options, progress)
-            boots += [Boot(boot.mode, boot.cases, old, ioctl_only=True) for boot in self.boots]
+            ours = [boot for boot in self.boots if boot.arch is ARM64]
+            boots += [Boot(boot.mode, boot.cases, old, ioctl_only=True) for boot in ours]
         for boot in boots:
             try:
                 self._boot(boot, settings, progress)
@@ -330,8 +345,8 @@ class _Results:
 
     def _boot(self, boot: Boot, settings: Settings, progress: Progress) -> None:
         which = "page at a time" if boot.ioctl_only else "this kernel"
-        progress.stage(f"{report.MODES[boot.mode]}, {which}", len(boot.cases))
-        found = self._found.setdefault((boot.mode, boot.ioctl_only), [])
+        progress.stage(f"{report.MODES[boot.where]}, {which}", len(boot.cases))
+        found = self._found.setdefault((boot.where, boot.ioctl_only), [])
 
         def tell(one: Measured) -> None:
             found.append(one)
@@ -342,10 +357,10 @@ class _Results:
     def rows(self) -> list[Row]:
         """What is there, in the order of the cases."""
         return [
-            Row(boot.mode, case, one, self._before(boot.mode, index))
+            Row(boot.where, case, one, self._before(boot.where, index))
             for boot in self.boots
             for index, (case, one) in enumerate(
-                zip(boot.cases, self._found.get((boot.mode, False), []), strict=False)
+                zip(boot.cases, self._found.get((boot.where, False), []), strict=False)
             )
         ]
 

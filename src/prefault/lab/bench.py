@@ -18,6 +18,7 @@ from prefault.bench.measure import Measured
 from prefault.bench.pairs import WAYS, Pair, PairAsk
 from prefault.bench.waits import KINDS, Ask, Waits
 from prefault.errors import LabError
+from prefault.lab.arch import ARM64, Architecture
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, JobResult, command_line, run_job
 from prefault.lab.machine import MachineOptions
@@ -38,12 +39,19 @@ class Boot:
 
     :ivar kernel: the Image; None is the lab's own
     :ivar ioctl_only: measure only what tells two versions of the ioctl apart
+    :ivar arch: of the machine, and of its guests
     """
 
     mode: str
     cases: tuple[Case, ...]
     kernel: Path | None = None
     ioctl_only: bool = False
+    arch: Architecture = ARM64
+
+    @property
+    def where(self) -> str:
+        """The mode of KVM, or the architecture if that is not ours."""
+        return self.mode if self.arch is ARM64 else self.arch.name
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Settings:
     :ivar repeat: how often each figure is taken
     :ivar timeout: seconds for each boot
     :ivar memory_mib: of the machine; 0 is what the cases need
-    :ivar append: more arguments for the kernel
+    :ivar append: more arguments for arm64's kernel
     """
 
     repeat: int = 3
@@ -93,8 +101,9 @@ def machine_of(boot: Boot, settings: Settings, *, qemu: tuple[str, ...] = ()) ->
         memory_mib=settings.memory_mib or memory_mib(boot.cases),
         mode=boot.mode,
         icount=True,
-        append=(*huge, *settings.append),
+        append=(*huge, *(settings.append if boot.arch is ARM64 else ())),
         qemu=qemu,
+        arch=boot.arch,
     )
 
 

@@ -33,7 +33,14 @@ SAME_PATH = 0.02
 """By how much a demand fault may differ between two kernels that have one fault path: compilers inline."""
 WIDTH = 128
 """Columns that the table takes."""
-MODES = {"nested": "KVM", "protected": "pKVM", "nvhe": "KVM, nVHE"}
+PEER = "x86_64"
+MODES = {
+    "nested": "KVM",
+    "protected": "pKVM",
+    "nvhe": "KVM, nVHE",
+    PEER: "x86, as a peer",
+}
+"""Where a case was measured: a mode of KVM, or another architecture."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class Row:
     @property
     def bar(self) -> float | None:
         """What pre-faulting a leaf may cost; None if nothing was set, or it is not known."""
+        if self.mode == PEER:
+            return None
         if self.mode != "protected":
             return self.case.bar
         if self.page_wise is None or self.case.resident is Resident.NOTHING:
@@ -79,7 +88,9 @@ class Row:
         return None if cost is None else cost * self.found.page_size / self.found.unit
 
     def failures(self) -> Iterator[str]:
-        """What does not hold, a sentence each."""
+        """What does not hold, a sentence each; nothing is asked of a peer."""
+        if self.mode == PEER:
+            return
         cost, again, bar = self.cost("prefault"), self.again_per_page, self.bar
         if cost is not None and bar is not None and cost > bar:
             yield f"{self.label}: pre-faulting costs {cost:,.0f}, not {bar:,.0f} or less"
@@ -121,7 +132,7 @@ def spreads(rows: Iterable[Row]) -> Iterator[str]:
     sizes: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         cost = row.cost("prefault")
-        if cost is not None:
+        if cost is not None and row.mode != PEER:
             sizes.setdefault((row.mode, row.case.name), []).append(cost)
     for (_, name), costs in sizes.items():
         if max(costs) > min(costs) * (1 + SPREAD):
@@ -184,6 +195,7 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
         "demand fault: the guest walks, nothing pre-faulted. again: the same range, mapped already. touch "
         "after: the guest walks what was pre-faulted. adjacent: neighbouring pages with neighbouring frames."
     )
+    yield from _beside_peer(rows)
     for row in rows:
         if row.found.skipped:
             yield f"skipped {row.label}: {row.found.skipped}"
@@ -193,6 +205,25 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
                 f"{row.label}: a demand fault costs {fault:,.0f} on this kernel, {other:,.0f} on that of the "
                 "page-at-a-time version: the fault path is not the same"
             )
+
+
+def _beside_peer(rows: Sequence[Row]) -> Iterator[str]:
+    """Pre-faulting over a demand fault, there and here."""
+    ours = {row.label: share for row in rows if row.mode == "nested" and (share := _share(row))}
+    theirs = {row.label: share for row in rows if row.mode == PEER and (share := _share(row))}
+    shares = [f"{label} {theirs[label]:.2f} and {ours[label]:.2f}" for label in theirs if label in ours]
+    if shares:
+        yield f"pre-fault over demand fault, x86 and here: {', '.join(shares)}"
+    if theirs:
+        yield (
+            "Compare with x86 what is resident, and not what has to be cleared or copied: the emulator "
+            "counts x86's string instructions a byte at a time."
+        )
+
+
+def _share(row: Row) -> float | None:
+    cost, fault = row.cost("prefault"), row.cost("demand")
+    return cost / fault if cost is not None and fault else None
 
 
 DEMAND, PAGE_WISE, PRE_FAULT = "demand fault", "page at a time", "pre-fault"
