@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prefault.guest import port
 from prefault.guest.program import EnterL2, L2Mapping, Program, Report, Step, Walk
-from prefault.kvm import open_kvm
+from prefault.kvm import open_host
 from prefault.machine import MemoryRegion, Resident, Vcpu, VcpuConfig, VmConfig
 
 CODE = 0x4000_0000
@@ -42,7 +42,7 @@ def run(vcpu: Vcpu, index: int, failures: list[str]) -> None:
 def main() -> None:
     """Do what the module says."""
     size, nested = int(sys.argv[1]) * 4096, "nested" in sys.argv
-    with open_kvm() as kvm, kvm.create_vm(VmConfig()) as vm:
+    with open_host() as kvm, kvm.create_vm(VmConfig()) as vm:
         code = MemoryRegion(0, CODE, VCPUS * CODE_BYTES, resident=Resident.WRITE)
         vm.set_user_memory_region(code)
         vm.set_user_memory_region(MemoryRegion(1, DATA, VCPUS * size, resident=Resident.NOTHING))
