@@ -139,6 +139,23 @@ def logged_huge_pages_are_mapped_by_pages(stage: Stage, kind: str) -> None:
     stage.holds(vm.get_dirty_log(1) == [7], "the guest's write is not in the log")
 
 
+@scenario("M1", "M7", "M9")
+def pages_of_a_block_hold_what_the_host_wrote(stage: Stage) -> None:
+    """From the middle of a block that may only be mapped in pages, and further than one hold of the lock."""
+    region = MemoryRegion(1, DATA, stage.block, Backing.THP, flags=SlotFlags.LOG_DIRTY_PAGES)
+    vm = stage.vm(region)
+    pages = (5, 68, 69, 140)
+    for page in pages:
+        vm.write_memory(DATA + page * stage.page, (0x51 + page).to_bytes(8, "little"))
+    steps = [step for page in pages for step in (Read(DATA + page * stage.page), Report())]
+    vcpu = stage.vcpu(vm, Marker(0), *steps)
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA + 5 * stage.page, 200 * stage.page)
+    stage.shown_leaves(vm)
+    values = stage.finish(vcpu)
+    stage.holds(values == [0x51 + page for page in pages], f"the guest read {values}")
+
+
 _IPA_BITS = (32, 33, 36, 39, 40, 41, 42, 44, 47, 48, 49, 52)
 
 
