@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache as cache_calls
 from functools import partial
 
 from prefault.errors import LabError, ToolMissing
@@ -98,6 +99,7 @@ _CROSS = () if NATIVE else ("gcc-aarch64-linux-gnu",)
 _CROSS_LIBC = ("libc6-dev",) if NATIVE else ("libc6-dev-arm64-cross",)
 
 
+@cache_calls  # the same tool each time, so that who asks for one finds what was found out about it
 def run_tools(arch: Architecture = ARM64) -> tuple[Tool, ...]:
     """What a run needs once there is a kernel."""
     return (Tool(arch.qemu, (arch.qemu_package,), "the machine", partial(_check_qemu, arch)),)
