@@ -112,8 +112,8 @@ class _Options(KernelOptions, ArchOptions):
 @click.option(
     "--limit",
     type=click.FloatRange(min=1),
-    help=f"Seconds that one scenario may take on the kernel; {in_lab.LIMIT_SECONDS:g}, or more for a slow "
-    "variant, if not given.",
+    help=f"Seconds that one scenario may take on the kernel; {in_lab.LIMIT_SECONDS:g}, more for a slow "
+    f"variant and {in_lab.X86_LIMIT_SECONDS:g} on x86, if not given.",
 )
 @output.json_option
 @click.argument("names", nargs=-1)
@@ -285,7 +285,8 @@ def _read(file: Path) -> VmmProgram:
 
 
 def _limit(options: _Options) -> float:
-    return options["limit"] or in_lab.LIMIT_SECONDS * variant_of(options).slow
+    usual = in_lab.X86_LIMIT_SECONDS if arch_of(options).stock else in_lab.LIMIT_SECONDS
+    return options["limit"] or usual * variant_of(options).slow
 
 
 def machine_options(options: _Options) -> MachineOptions:

@@ -60,8 +60,9 @@ X86_64 = (
     Known(
         ("slots_can_move_meanwhile",),
         "not done after",
-        "a pre-fault can stay in the kernel until a signal comes while its memslot is moved; who moves it "
-        "waits for that (__synchronize_srcu)",
+        "a pre-fault can stay in the kernel until a signal comes while its memslot is moved: it tries again "
+        "and again, each time in vain (is_page_fault_stale), and who moves the slot waits for it "
+        "(__synchronize_srcu)",
         "M10, M12: EAGAIN, and no wait that can deadlock with the change",
         hangs=True,
     ),
