@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from prefault.errors import ToolMissing
@@ -63,6 +66,21 @@ def test_the_doctor_says_how_to_have_this_lab(monkeypatch: pytest.MonkeyPatch) -
 def test_root_file_systems_of_two_architectures_do_not_meet() -> None:
     assert rootfs.archive(ARM64).parent != rootfs.archive(X86_64).parent
     assert rootfs.archive(ARM64).name != rootfs.archive(X86_64).name
+
+
+def test_init_of_x86_gives_modules_their_parameters(tmp_path: Path) -> None:
+    (tmp_path / "01-kvm_amd.ko").touch()
+    (tmp_path / "cmdline").write_text("console=ttyS0 kvm_amd.npt=0 kvm.x=1 kvm_amd.sev=0 kvm_amdx.y=2\n")
+    lines = rootfs._content(X86_64).init
+    begin = lines.index("for module")
+    loop = lines[begin : lines.index("done\n", begin) + 5]
+    loop = loop.replace(f"/{rootfs.MODULES}", str(tmp_path)).replace(
+        "/proc/cmdline", str(tmp_path / "cmdline")
+    )
+    script = f"insmod() {{ echo insmod $*; }}\n{loop}"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[2:] == ["npt=0", "sev=0"]
+    assert "insmod" not in rootfs._content(ARM64).init
 
 
 def test_the_kernel_is_a_part_of_the_cache_that_can_be_removed() -> None:

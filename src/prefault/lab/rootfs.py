@@ -99,8 +99,12 @@ poweroff -f
 
 MODULES = "lib/modules"
 """Where the modules of a kernel that is not the lab's own lie, in the order in which they are loaded."""
-_LOAD_MODULES = f"""for module in /{MODULES}/*.ko; do insmod "$module"; done
+_LOAD_MODULES = f"""for module in /{MODULES}/*.ko; do
+    name=${{module##*-}}; name=${{name%.ko}}
+    insmod "$module" $(tr " " "\\n" </proc/cmdline | sed -n "s/^$name\\.//p")
+done
 """
+"""As modprobe would: ``kvm_amd.npt=0`` among the kernel's arguments is a parameter of that module."""
 
 
 @dataclass(frozen=True)
