@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,25 @@ def test_a_lost_machine_costs_the_scenario_that_it_was_at(lab: FakeLab) -> None:
     }
     assert NAMES[2] not in lab.jobs[1].argv
     assert NAMES[3] in lab.jobs[1].argv
+
+
+def test_whoever_is_killed_by_the_first_scenario_costs_no_more_than_it(
+    lab: FakeLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine lives on after an oops, but not the process that plays."""
+
+    def run(*arguments: Any, **named: Any) -> JobResult:
+        try:
+            return lab(*arguments, **named)
+        except LabLost:
+            return JobResult(-11, b"", b"", {}, "", 1.0, Path("runs/7"))
+
+    lab.fatal = {NAMES[0]}
+    monkeypatch.setattr(in_lab, "run_job", run)
+    found = in_lab.play(Suite(NAMES), MachineOptions())
+    assert (found.boots, found.plays[NAMES[0]].outcome) == (2, "lost")
+    assert "status -11; see runs/7" in found.plays[NAMES[0]].text
+    assert all(found.plays[name].outcome == "passed" for name in NAMES[1:])
 
 
 def test_a_kernel_that_does_not_come_up_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,10 @@ def _boot(
         return
     found.seconds += result.seconds
     found.folders.append(result.run_dir)
-    if len(found.plays) == count:
+    if len(found.plays) == count and found.facts:
+        # Whoever played was killed by the first one, as by an oops.
+        culprit = next(name for name in order if name not in found.plays)
+        found.plays[culprit] = Play(culprit, "lost", f"status {result.status}; see {result.run_dir}")
+    elif len(found.plays) == count:
         last = "\n".join(result.stderr.decode(errors="replace").strip().splitlines()[-8:])
         raise LabError(f"the lab played nothing (status {result.status}); see {result.run_dir}\n{last}")

@@ -8,7 +8,7 @@ import errno
 from prefault.abi.constants import KVM_CAP_ARM_VM_IPA_SIZE
 from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.guest.program import Execute, Marker, Read, Report, Walk, Write
-from prefault.machine import Backing, Failed, Leaf, MemoryRegion, Resident, SlotFlags, Vm, VmConfig
+from prefault.machine import Advice, Backing, Failed, Leaf, MemoryRegion, Resident, SlotFlags, Vm, VmConfig
 from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -152,6 +152,26 @@ def pages_of_a_block_hold_what_the_host_wrote(stage: Stage) -> None:
     stage.proceed(vcpu)
     stage.pre_fault(vcpu, DATA + 5 * stage.page, 200 * stage.page)
     stage.shown_leaves(vm)
+    values = stage.finish(vcpu)
+    stage.holds(values == [0x51 + page for page in pages], f"the guest read {values}")
+
+
+@scenario("M1", "M9")
+def pages_behind_a_block_hold_what_the_host_wrote(stage: Stage) -> None:
+    """The host has a block, and behind it pages, where a second block would be."""
+    vm = stage.vm(MemoryRegion(1, DATA, 2 * stage.block, Backing.THP))
+    second = DATA + stage.block
+    vm.advise(second, stage.block, Advice.NOHUGEPAGE)
+    vm.advise(second, stage.block, Advice.DONTNEED)
+    pages = (1, 2, 70)
+    for page in pages:
+        vm.write_memory(second + page * stage.page, (0x51 + page).to_bytes(8, "little"))
+    steps = [step for page in pages for step in (Read(second + page * stage.page), Report())]
+    vcpu = stage.vcpu(vm, Marker(0), *steps)
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, 2 * stage.block)
+    leaves = stage.shown_leaves(vm)
+    stage.holds(leaves[0].size == stage.block, f"the first leaf is no block: {leaves[0]}")
     values = stage.finish(vcpu)
     stage.holds(values == [0x51 + page for page in pages], f"the guest read {values}")
 
