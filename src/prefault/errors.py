@@ -12,7 +12,9 @@
     ├── Missing                   a tool, a right or a capability is not here          exit 77
     │   ├── CapabilityMissing     this VM does not report a KVM capability
     │   ├── KvmMissing            /dev/kvm is absent or may not be opened
+    │   ├── NotTraceable          this process may not be traced, or not without harm
     │   └── ToolMissing           a program or package is not installed
+    ├── ProcessLost               the process that was worked on ended                 exit 3
     └── LabError                  the lab could not do its work                        exit 3
         ├── BuildFailed           a patch, the compiler or checkpatch said no
         ├── Splat                 the lab's kernel log has a WARN, BUG, KASAN, …       exit 1
@@ -141,8 +143,16 @@ class KvmMissing(Missing):
     """/dev/kvm is absent, or may not be opened."""
 
 
+class NotTraceable(Missing):
+    """This process may not be traced by this user, or not without harm to it."""
+
+
 class ToolMissing(Missing):
     """A program or a package is not installed."""
+
+
+class ProcessLost(PrefaultError):
+    """The process, or the thread, that was worked on ended in the middle."""
 
 
 class LabError(PrefaultError):

@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Apply a plan: to one's own VMM, or to the VMM of a process that knows nothing of it.
+
+Both go over the vCPUs in turn, with calls of a size that fits a slice. In a foreign process, a vCPU is stopped
+for its slice, and then let go for at least as long.
+
+Source: Documentation/virt/kvm/api.rst, KVM_PRE_FAULT_MEMORY
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Protocol
+
+from prefault.abi import constants, ioctls
+from prefault.abi.constants import EHWPOISON
+from prefault.errors import CapabilityMissing, NotTraceable, PrefaultError, ProcessLost, UsageError
+from prefault.inject import cpu, refusal, vcpus
+from prefault.inject.tracee import Answer, Busy, Call, Memory, Tracee, find_instruction
+from prefault.kvm.prefault import HINTS
+from prefault.machine import PreFaultProgress
+
+SLICE_S = 0.005
+"""How long a vCPU of a foreign process is stopped at a time."""
+
+_REQUEST = struct.Struct("<QQQ40x")
+_FIRST_SIZE = 1 << 20
+_LARGEST_SIZE = 1 << 30
+_GROWTH = 4
+_FILL = 0.7
+"""How much of a slice a call is sized for; stopping takes some of it, too."""
+_BLOCK = 2 << 20
+"""How far a hole is taken to reach before memory is looked for again."""
+_SMALLEST = mmap.PAGESIZE
+_TRIES = 50
+_TRY_AGAIN_S = 0.001
+
+_HOPELESS = {
+    errno.EOPNOTSUPP: HINTS[errno.EOPNOTSUPP],
+    errno.ENOTTY: HINTS[errno.ENOTTY],
+    errno.EINVAL: "the plan's ranges do not fit this host's page size",
+    errno.ENOEXEC: HINTS[errno.ENOEXEC],
+    errno.EPERM: "a filter of system calls refuses it",
+    errno.EBADF: "the VMM has closed its vCPU",
+}
+"""What no other range will answer differently."""
+
+Range = tuple[int, int]
+"""(ipa, size)"""
+
+OnBytes = Callable[[int], None]
+"""Told how many bytes of the plan are done with."""
+
+
+@dataclass(frozen=True)
+class FailedRange:
+    """Memory of the plan that was not pre-faulted, and why.
+
+    :ivar error: name of the error number: ``ENOENT`` is a hole, memory that this VM does not have
+    """
+
+    ipa: int
+    size: int
+    errno: int
+    error: str
+    hint: str = ""
+
+
+@dataclass
+class VcpuShare:
+    """What one vCPU did. Times are those of its stops; in one's own VMM, of its calls."""
+
+    index: int
+    calls: int = 0
+    bytes: int = 0
+    stopped_s: float = 0.0
+    longest_stop_s: float = 0.0
+
+
+@dataclass
+class Applied:
+    """What came of a plan.
+
+    :ivar bytes: pre-faulted
+    :ivar size: of the plan
+    :ivar calls: of the ioctl
+    :ivar ended: ``done``, or ``interrupted``: then the rest was left
+    """
+
+    size: int
+    bytes: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+    ended: str = "done"
+    failed: list[FailedRange] = field(default_factory=list)
+    vcpus: list[VcpuShare] = field(default_factory=list)
+
+    @property
+    def longest_stop_s(self) -> float:
+        """The longest stop of any vCPU."""
+        return max((one.longest_stop_s for one in self.vcpus), default=0.0)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a plan would be applied to.
+
+    :ivar threads: the vCPUs whose threads are known
+    :ivar unknown: indices of those whose threads are not
+    """
+
+    pid: int
+    vm_fd: int
+    threads: tuple[vcpus.VcpuThread, ...]
+    unknown: tuple[int, ...] = ()
+
+
+class Prefaulting(Protocol):
+    """A vCPU of one's own VMM; ``prefault.machine.Vcpu`` is one."""
+
+    def pre_fault_memory_once(self, gpa: int, size: int) -> PreFaultProgress:
+        """One KVM_PRE_FAULT_MEMORY call; never raises for what the kernel answers."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    progress: PreFaultProgress
+    stopped_s: float
+    call_s: float
+
+
+class _Port(Protocol):
+    """Where the ioctl is called."""
+
+    def once(self, gpa: int, size: int) -> _Step: ...
+
+
+def apply(
+    ranges: Iterable[Range],
+    vcpus: Sequence[Prefaulting],
+    *,
+    slice_s: float = SLICE_S,
+    on_bytes: OnBytes = lambda _: None,
+    wanted: Callable[[], bool] = lambda: False,
+) -> Applied:
+    """Apply a plan's ranges in one's own VMM, to vCPUs that are not running, spread over them.
+
+    :param slice_s: how long a call should take, about
+    :param wanted: asked between calls; True leaves the rest
+    :raises CapabilityMissing: this kernel, or this kind of VM, cannot
+    """
+    if not vcpus:
+        raise UsageError("a plan needs a vCPU to be applied by")
+    ports = {index: _Own(vcpu) for index, vcpu in enumerate(vcpus)}
+    return _Loop(ports, slice_s, on_bytes, wanted, rests=False).run(list(ranges))
+
+
+class _Own:
+    def __init__(self, vcpu: Prefaulting) -> None:
+        self._vcpu = vcpu
+
+    def once(self, gpa: int, size: int) -> _Step:
+        began = time.monotonic()
+        progress = self._vcpu.pre_fault_memory_once(gpa, size)
+        taken = time.monotonic() - began
+        return _Step(progress, taken, taken)
+
+
+class Process:
+    """A VMM that knows nothing of this. Close it. Nothing is traced between calls.
+
+    :param allow_seccomp: suspend the seccomp filters of a thread while it is stopped
+    :raises UsageError: there is no such process, or it is no VMM
+    :raises NotTraceable: it may not be traced, or not without harm
+    """
+
+    def __init__(self, pid: int, *, allow_seccomp: bool = False) -> None:
+        refusal.check(pid, allow_seccomp=allow_seccomp)
+        cpu.host()
+        self.pid = pid
+        self._suspend_seccomp = allow_seccomp
+        self._known = vcpus.descriptors(pid)
+        try:
+            self._memory = Memory(pid)
+        except OSError as error:
+            raise NotTraceable(f"the memory of process {pid} may not be read and written") from error
+        try:
+            self._instruction = find_instruction(self._memory)
+        except BaseException:
+            self._memory.close()
+            raise
+
+    def find(self) -> Found:
+        """Its vCPUs and their threads.
+
+        :raises UsageError: no thread is known to run a vCPU
+        """
+        threads = tuple(vcpus.find(self.pid, self._known, self._ask))
+        unknown = tuple(sorted(set(self._known.vcpus) - {one.index for one in threads}))
+        if not threads:
+            raise UsageError(
+                f"none of process {self.pid}'s threads was seen running a vCPU: is its guest paused? "
+                "Let it run while the plan is applied"
+            )
+        return Found(self.pid, self._known.vm, threads, unknown)
+
+    def check_extension(self, found: Found, capability: int) -> int:
+        """KVM_CHECK_EXTENSION on its VM, by one of its vCPUs' threads."""
+        call = Call(cpu.host().ioctl, (found.vm_fd, ioctls.KVM_CHECK_EXTENSION, capability))
+        return self.call(found.threads[0].tid, call).result
+
+    def apply(
+        self,
+        found: Found,
+        ranges: Iterable[Range],
+        *,
+        slice_s: float = SLICE_S,
+        on_bytes: OnBytes = lambda _: None,
+    ) -> Applied:
+        """Pre-fault the ranges. Ctrl-C and SIGTERM end it at once, with what was done until then.
+
+        :raises CapabilityMissing: its VM cannot be pre-faulted
+        :raises ProcessLost: it ended
+        """
+        with stop_signals() as stop:
+            if self.check_extension(found, constants.KVM_CAP_PRE_FAULT_MEMORY) <= 0:
+                raise CapabilityMissing(
+                    f"the VM of process {self.pid} does not report KVM_CAP_PRE_FAULT_MEMORY (236): the "
+                    "kernel lacks it, or the VM is protected"
+                )
+            ports = {one.index: _Foreign(self, one, slice_s, stop.is_set) for one in found.threads}
+            return _Loop(ports, slice_s, on_bytes, stop.is_set, rests=True).run(list(ranges))
+
+    def call(
+        self,
+        tid: int,
+        call: Call,
+        *,
+        limit_s: float = 1.0,
+        wanted: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        """A system call in one of its threads.
+
+        :raises ProcessLost: the thread ended
+        :raises NotTraceable: it may not be traced
+        """
+        tracee = Tracee(self._memory, tid, self._instruction, suspend_seccomp=self._suspend_seccomp)
+        try:
+            return tracee.call(call, limit_s=limit_s, wanted=wanted)
+        except PermissionError as error:
+            refusal.check(self.pid, allow_seccomp=self._suspend_seccomp)
+            raise NotTraceable(
+                f"the kernel does not let thread {tid} of process {self.pid} be traced"
+            ) from error
+
+    def _ask(self, tid: int) -> int:
+        with contextlib.suppress(ProcessLost, Busy):
+            return self.call(tid, Call(cpu.host().getpid, ())).kvm_run_fd
+        return -1
+
+    def close(self) -> None:
+        """Let go of its memory."""
+        self._memory.close()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Foreign:
+    def __init__(
+        self, process: Process, thread: vcpus.VcpuThread, slice_s: float, wanted: Callable[[], bool]
+    ) -> None:
+        self._process = process
+        self._thread = thread
+        self._slice_s = slice_s
+        self._wanted = wanted
+
+    def once(self, gpa: int, size: int) -> _Step:
+        call = Call(
+            cpu.host().ioctl,
+            (self._thread.fd, ioctls.KVM_PRE_FAULT_MEMORY, 0),
+            _REQUEST.pack(gpa, size, 0),
+            pointer=2,
+        )
+        answer = self._process.call(
+            self._thread.tid, call, limit_s=self._slice_s * _FILL, wanted=self._wanted
+        )
+        left = _REQUEST.unpack(answer.memory)
+        return _Step(PreFaultProgress(left[0], left[1], answer.errno), answer.stopped_s, answer.call_s)
+
+
+@dataclass
+class _Turn:
+    """A vCPU that takes its turns."""
+
+    port: _Port
+    share: VcpuShare
+    free_at: float = 0.0
+
+
+class _Loop:
+    """Over the ranges, one call at a time, the vCPUs in turn."""
+
+    def __init__(
+        self,
+        ports: dict[int, _Own] | dict[int, _Foreign],
+        slice_s: float,
+        on_bytes: OnBytes,
+        wanted: Callable[[], bool],
+        *,
+        rests: bool,
+    ) -> None:
+        self._turns = [_Turn(port, VcpuShare(index)) for index, port in ports.items()]
+        self._slice_s = slice_s
+        self._on_bytes = on_bytes
+        self._wanted = wanted
+        self._rests = rests
+        self._call_size = _FIRST_SIZE
+        self._next = 0
+
+    def run(self, ranges: list[Range]) -> Applied:
+        done = Applied(sum(size for _, size in ranges), vcpus=[one.share for one in self._turns])
+        began = time.monotonic()
+        try:
+            for ipa, size in ranges:
+                if not self._range(done, ipa, size):
+                    done.ended = "interrupted"
+                    break
+        except ProcessLost as error:
+            raise ProcessLost(
+                f"{error} after {done.bytes:,} of {done.size:,} bytes were pre-faulted"
+            ) from error
+        done.seconds = time.monotonic() - began
+        return done
+
+    def _range(self, done: Applied, ipa: int, size: int) -> bool:
+        """One range; False if it was left."""
+        end, tries = ipa + size, 0
+        while ipa < end:
+            if self._wanted():
+                return False
+            step = self._once(done, ipa, min(end - ipa, self._call_size))
+            gone = step.progress.gpa - ipa
+            if gone:
+                tries = 0
+                done.bytes += gone
+                ipa += gone
+                self._on_bytes(gone)
+            elif step.progress.errno in (errno.EINTR, errno.EAGAIN) and tries < _TRIES:
+                tries += 1
+                time.sleep(_TRY_AGAIN_S if step.progress.errno == errno.EAGAIN else 0)
+            elif step.progress.errno:
+                tries = 0
+                ipa += self._pass_over(done, ipa, end, step.progress.errno)
+            else:
+                raise PrefaultError(f"KVM_PRE_FAULT_MEMORY returned 0 at {ipa:#x} without progress")
+        return True
+
+    def _once(self, done: Applied, ipa: int, size: int) -> _Step:
+        """A call by the vCPU whose turn it is."""
+        while True:
+            turn = self._turns[self._next % len(self._turns)]
+            self._next += 1
+            if self._rests:
+                time.sleep(max(0.0, turn.free_at - time.monotonic()))
+            try:
+                step = turn.port.once(ipa, size)
+            except ProcessLost:
+                self._turns.remove(turn)
+                if not self._turns:
+                    raise
+                continue
+            break
+        turn.free_at = time.monotonic() + step.stopped_s
+        gone = step.progress.gpa - ipa
+        if not 0 <= gone <= size or step.progress.size != size - gone:
+            raise PrefaultError(
+                f"KVM_PRE_FAULT_MEMORY at {ipa:#x} of {size:#x} bytes left {step.progress.gpa:#x} of "
+                f"{step.progress.size:#x} bytes, which cannot be"
+            )
+        done.calls += 1
+        _add(turn.share, gone, step)
+        self._adapt(gone, step)
+        return step
+
+    def _adapt(self, gone: int, step: _Step) -> None:
+        """Have the next call take what a slice has room for, at the speed of this one."""
+        overhead = step.stopped_s - step.call_s
+        room = max(self._slice_s * _FILL - overhead, self._slice_s / 10)
+        fits = int(gone * room / max(step.call_s, 1e-6)) if gone else self._call_size // 2
+        grown = min(max(fits, self._call_size // _GROWTH), self._call_size * _GROWTH, _LARGEST_SIZE)
+        self._call_size = max(grown // _SMALLEST * _SMALLEST, _SMALLEST)
+
+    def _pass_over(self, done: Applied, ipa: int, end: int, error: int) -> int:
+        """Note a failure, and say how far to go on after it.
+
+        :raises CapabilityMissing: it would be the same everywhere
+        """
+        if error in _HOPELESS:
+            raise CapabilityMissing(
+                f"KVM_PRE_FAULT_MEMORY failed at {ipa:#x}: {_name(error)}; {_HOPELESS[error]}"
+            )
+        reach = {EHWPOISON: ipa + _SMALLEST, errno.ENOMEM: end}.get(error, (ipa // _BLOCK + 1) * _BLOCK)
+        size = min(end, reach) - ipa
+        last = done.failed[-1] if done.failed else None
+        if last is not None and (last.ipa + last.size, last.errno) == (ipa, error):
+            done.failed[-1] = FailedRange(last.ipa, last.size + size, error, last.error, last.hint)
+        else:
+            done.failed.append(FailedRange(ipa, size, error, _name(error), HINTS.get(error, "")))
+        self._on_bytes(size)
+        return size
+
+
+def _name(error: int) -> str:
+    return "EHWPOISON" if error == EHWPOISON else errno.errorcode.get(error, str(error))
+
+
+def _add(share: VcpuShare, gone: int, step: _Step) -> None:
+    share.calls += 1
+    share.bytes += gone
+    share.stopped_s += step.stopped_s
+    share.longest_stop_s = max(share.longest_stop_s, step.stopped_s)
+
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """A block in which signals that would end this process wait until threads are put back.
+
+    Ctrl-Z is ignored: it would leave a vCPU stopped. In another than the main thread, nothing is changed.
+    """
+    stop = threading.Event()
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, note) for number in _ENDING}
+    before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a process may be touched at all; asked before anything is done to it.
+
+Source: __ptrace_may_access(), Documentation/admin-guide/LSM/Yama.rst, seccomp(2)
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from prefault.errors import NotTraceable, UsageError
+from prefault.faults.capture import check_process, threads_of
+
+PROC = Path("/proc")
+_CAP_SYS_PTRACE = 19
+_CAP_SYS_ADMIN = 21
+_FILTER = "2"
+_ELF32 = 1
+
+
+def status(pid: int, tid: int | None = None) -> dict[str, str]:
+    """/proc/PID/status, or a thread's, as a mapping; empty if it is gone."""
+    folder = PROC / str(pid) if tid is None else PROC / str(pid) / "task" / str(tid)
+    try:
+        lines = (folder / "status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def check(pid: int, *, allow_seccomp: bool) -> None:
+    """Refuse a process that cannot be worked on, or not without harm.
+
+    :raises UsageError: it is not there, no VMM, or in no state for this
+    :raises NotTraceable: it may not be traced, by whatever rule there is
+    """
+    if pid == os.getpid():
+        raise UsageError("a process cannot trace itself; use prefault.inject.apply.apply() in one's own VMM")
+    about = status(pid)
+    if not about:
+        raise UsageError(f"there is no process {pid}")
+    if about["State"].startswith(("Z", "X")):
+        raise UsageError(f"process {pid} has ended, and its parent has not yet taken note (a zombie)")
+    if about.get("Tgid") != str(pid):
+        raise UsageError(f"{pid} is a thread of process {about.get('Tgid')}: give that process")
+    check_rights(pid, about)
+    check_process(pid)
+    _check_word_size(pid)
+    for tid in threads_of(pid):
+        _check_thread(pid, tid, allow_seccomp=allow_seccomp)
+
+
+def check_rights(pid: int, about: dict[str, str]) -> None:
+    """Refuse a process of somebody else."""
+    mine = status(os.getpid())
+    if _has(mine, _CAP_SYS_PTRACE):
+        return
+    own = (mine["Uid"].split()[1], mine["Gid"].split()[1])
+    if {*about["Uid"].split()[:3]} != {own[0]} or {*about["Gid"].split()[:3]} != {own[1]}:
+        raise NotTraceable(
+            f"process {pid} is of another user (uid {about['Uid'].split()[0]}), and this one has no "
+            "CAP_SYS_PTRACE: run as that user, or as root"
+        )
+    scope = _yama()
+    if scope:
+        raise NotTraceable(
+            f"kernel.yama.ptrace_scope is {scope}: only "
+            + (
+                "nobody may trace"
+                if scope > 2
+                else "who has CAP_SYS_PTRACE may trace a process not its child"
+            )
+            + ("" if scope > 2 else "; run as root, or set it to 0")
+        )
+    if not os.access(PROC / str(pid) / "mem", os.R_OK | os.W_OK):
+        raise NotTraceable(f"process {pid} is not dumpable, so only CAP_SYS_PTRACE may trace it: run as root")
+
+
+def _yama() -> int:
+    try:
+        return int((PROC / "sys/kernel/yama/ptrace_scope").read_text())
+    except OSError:
+        return 0
+
+
+def _has(about: dict[str, str], capability: int) -> bool:
+    return bool(int(about["CapEff"], 16) >> capability & 1)
+
+
+def _check_word_size(pid: int) -> None:
+    try:
+        with (PROC / str(pid) / "exe").open("rb") as file:
+            head = file.read(5)
+    except OSError:
+        return  # deleted, or on a file system that is gone; the registers' size tells later
+    if head[:4] == b"\x7fELF" and head[4] == _ELF32:
+        raise NotTraceable(f"process {pid} is a 32-bit program: its system calls are others")
+
+
+def _check_thread(pid: int, tid: int, *, allow_seccomp: bool) -> None:
+    about = status(pid, tid)
+    if about.get("TracerPid", "0") != "0":
+        raise NotTraceable(
+            f"thread {tid} of process {pid} is traced by process {about['TracerPid']}, and a thread has one "
+            "tracer at most: end that one (a debugger, strace) first"
+        )
+    if about.get("Seccomp") != _FILTER:
+        return
+    if not allow_seccomp:
+        raise NotTraceable(
+            f"thread {tid} of process {pid} has a seccomp filter, which may kill the VMM for a system call "
+            "that it does not expect; --allow-seccomp suspends the filter while a thread is stopped"
+        )
+    if not _has(status(os.getpid()), _CAP_SYS_ADMIN):
+        raise NotTraceable("a seccomp filter can be suspended with CAP_SYS_ADMIN only: run as root")

@@ -1,0 +1,525 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One thread of another process: stop it, run one system call in it, and put all back.
+
+The thread is seized and stopped for one call, and then let go, so that between calls nobody traces it. What
+makes it not notice:
+
+- all signals are blocked meanwhile; those that come are delivered when it is let go;
+- the general registers are put back, on arm64 SVE's, too, which a system call discards;
+- a system call that the stop interrupted goes on: at the end the thread is taken to a stop from where the
+  kernel itself decides on the restart, with the error number that makes it do so. KVM_RUN, which returns EINTR
+  to whatever interrupts it, is given ERESTARTNOHAND: it goes on, unless a handler of the VMM runs;
+- it is not touched in a restartable sequence, or in SME's streaming mode: let go, and stopped again.
+
+Failure modes: ``ProcessLost`` if the thread ends; ``OSError`` of PTRACE_SEIZE if it may not be traced; ``Busy``
+if it cannot be stopped where a call would do no harm.
+
+Source: arch_do_signal_or_restart() (x86), do_signal() (arm64), ptrace_stop(); ptrace(2)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from prefault.abi import ioctls
+from prefault.errors import PrefaultError, ProcessLost
+from prefault.inject import cpu, ptrace
+
+PROC = Path("/proc")
+
+PATIENCE_S = 10.0
+"""How long a thread may take to stop before this is given up: it may be in an uninterruptible wait."""
+_NAP_S = 50e-6
+_TRIES = 20
+_ALL_SIGNALS = (1 << 64) - 1
+_BTYPE = 3 << 10
+_SVE_ACTIVE = 1
+_ALIGN = 16
+_ROOM = 256
+_PIECE = 1 << 20
+_INT = (1 << 32) - 1
+_EPOLL_WAITS_X86 = {232, 281}
+_RESTART_SYSCALL = 128
+
+
+class Busy(PrefaultError):
+    """The thread is where no system call can be run in it without harm, again and again."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a system call in the thread gave.
+
+    :ivar result: as the kernel returned it, minus an error number if it failed
+    :ivar memory: the argument's bytes afterwards; empty if it had none
+    :ivar stopped_s: from when the thread was told to stop until it was let go
+    :ivar call_s: how much of that was the system call
+    :ivar kvm_run_fd: the vCPU that the thread was running; -1 if it was not in KVM_RUN
+    """
+
+    result: int
+    memory: bytes
+    stopped_s: float
+    call_s: float
+    kvm_run_fd: int = -1
+
+    @property
+    def errno(self) -> int:
+        """0 if it did not fail."""
+        return -self.result if -4096 < self.result < 0 else 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """A system call.
+
+    :ivar memory: bytes in the thread's memory while it runs
+    :ivar pointer: index of the argument that is the address of these bytes
+    """
+
+    number: int
+    arguments: tuple[int, ...]
+    memory: bytes = b""
+    pointer: int = 0
+
+
+class Tracee:
+    """A thread of another process.
+
+    :param memory: its process's
+    :param instruction: address of a system call instruction in its process, from :func:`find_instruction`
+    :param suspend_seccomp: have seccomp filters not apply while the thread is stopped
+    """
+
+    def __init__(self, memory: Memory, tid: int, instruction: int, *, suspend_seccomp: bool = False) -> None:
+        self.tid = tid
+        self.instruction = instruction
+        self._options = ptrace.TRACESYSGOOD | (ptrace.SUSPEND_SECCOMP if suspend_seccomp else 0)
+        self.memory = memory
+
+    def call(
+        self,
+        call: Call,
+        *,
+        limit_s: float = PATIENCE_S,
+        wanted: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        """Stop the thread, run one system call in it, let it go.
+
+        :param limit_s: after so long, the system call is interrupted
+        :param wanted: asked now and then; True interrupts the system call, too
+        :raises ProcessLost: the thread ended
+        :raises Busy: it is never where this can be done
+        :raises OSError: it may not be traced
+        """
+        for _ in range(_TRIES):
+            with _seized(self.tid, self._options) as stop:
+                injection = _Injection(self, stop)
+                if not injection.harmful():
+                    return injection.run(call, limit_s, wanted)
+            time.sleep(0.001)
+        raise Busy(f"thread {self.tid} is always in a sequence that must not be broken off")
+
+
+class _Stop:
+    """A thread that is seized; knows how to wait for it."""
+
+    def __init__(self, tid: int) -> None:
+        self.tid = tid
+        self.began = time.monotonic()
+        self.stopped = False
+        self.changed = False
+        """Whether its registers are not its own."""
+
+    def go(self, resume: Callable[[int, int], None], signal_number: int = 0) -> None:
+        """Let it go on in one way or another."""
+        self.stopped = False
+        resume(self.tid, signal_number)
+
+    def wait(self, *, limit_s: float = PATIENCE_S, wanted: Callable[[], bool] = lambda: False) -> int:
+        """Wait for the next stop, and return the status; interrupt the thread after ``limit_s``, once.
+
+        Of a thread whose registers are not its own, whatever comes, the end must be waited for.
+
+        :raises ProcessLost: it ended
+        :raises Busy: it does not stop
+        """
+        began = time.monotonic()
+        interrupted = False
+        while True:
+            status = self._poll()
+            if status is not None:
+                return status
+            now = time.monotonic()
+            if not interrupted and (now - began > limit_s or wanted()):
+                ptrace.interrupt(self.tid)
+                interrupted = True
+            if not self.changed and now - began > limit_s + PATIENCE_S:
+                raise Busy(
+                    f"thread {self.tid} has not stopped for {now - began:.0f} s; it waits in the kernel"
+                )
+            time.sleep(_NAP_S)
+
+    def _poll(self) -> int | None:
+        try:
+            tid, status = os.waitpid(self.tid, ptrace.WALL | os.WNOHANG)
+        except ChildProcessError as error:
+            raise ProcessLost(f"thread {self.tid} ended") from error
+        if not tid:
+            return None
+        if not os.WIFSTOPPED(status):
+            raise ProcessLost(f"thread {self.tid} ended")
+        self.stopped = True
+        return status
+
+    def until_event(self) -> int:
+        """Wait for the stop that PTRACE_INTERRUPT asks for, handing over the signals that come before it.
+
+        :returns: the signal of a group stop (SIGSTOP), or SIGTRAP
+        """
+        while True:
+            status = self.wait()
+            if status >> 16 == ptrace.EVENT_STOP:
+                return os.WSTOPSIG(status)
+            number = os.WSTOPSIG(status)
+            self.go(ptrace.cont, 0 if number == signal.SIGTRAP | 0x80 else number)
+
+    def until_system_call(
+        self, which: int, *, limit_s: float = PATIENCE_S, wanted: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Go on until the thread enters or leaves a system call."""
+        number = 0
+        while True:
+            self.go(ptrace.to_system_call, number)
+            status = self.wait(limit_s=limit_s, wanted=wanted)
+            if os.WSTOPSIG(status) == signal.SIGTRAP | 0x80:
+                if ptrace.system_call_stop(self.tid) == which:
+                    return
+                raise PrefaultError(f"thread {self.tid} is not where it must be in the injected system call")
+            number = 0 if status >> 16 == ptrace.EVENT_STOP else os.WSTOPSIG(status)
+
+
+@contextlib.contextmanager
+def _seized(tid: int, options: int) -> Iterator[_Stop]:
+    """A thread that is stopped, and let go at the end."""
+    with _lost_if_gone(tid):
+        ptrace.seize(tid, options)
+        stop = _Stop(tid)
+        try:
+            ptrace.interrupt(tid)
+            stop.until_event()
+            yield stop
+        finally:
+            _let_go(stop)
+
+
+def _let_go(stop: _Stop) -> None:
+    with contextlib.suppress(ProcessLost, OSError):
+        if not stop.stopped:
+            ptrace.interrupt(stop.tid)
+            stop.until_event()
+        ptrace.detach(stop.tid)
+
+
+@contextlib.contextmanager
+def _lost_if_gone(tid: int) -> Iterator[None]:
+    """ESRCH of a request is the death of the thread: SIGKILL ends stops, too."""
+    try:
+        yield
+    except ProcessLookupError as error:
+        raise ProcessLost(f"thread {tid} ended") from error
+
+
+class _Injection:
+    """A stopped thread, and all that must be put back."""
+
+    def __init__(self, tracee: Tracee, stop: _Stop) -> None:
+        self._cpu = cpu.host()
+        self._arm = self._cpu is cpu.ARM64
+        self._stop = stop
+        self._tid = tracee.tid
+        self._memory = tracee.memory
+        self._saved = self._cpu.unpack(ptrace.get_registers(self._tid))
+        self._final = self._saved
+        self._instruction = tracee.instruction
+        self._kvm_run_fd = self._find_kvm_run()
+
+    def harmful(self) -> bool:
+        """Whether a system call here would do harm."""
+        return self._in_restartable_sequence() or (self._arm and self._streams()) or not self._has_room()
+
+    def _in_restartable_sequence(self) -> bool:
+        """Whether the thread is in a critical section of rseq(2), which a call would end."""
+        pointer = ptrace.rseq_pointer(self._tid)
+        if not pointer:
+            return False
+        section = int.from_bytes(self._memory.read(pointer + 8, 8), "little")
+        if not section:
+            return False
+        _, start, length = struct.unpack("<QQQ", self._memory.read(section, 24).ljust(24, b"\0"))
+        return int(start) <= self._saved["pc"] < int(start + length)
+
+    def _streams(self) -> bool:
+        """Whether the thread is in SME's streaming mode, which a system call would end."""
+        values = self._vectors(ptrace.NT_ARM_SSVE)
+        return bool(values)
+
+    def _vectors(self, kind: int) -> bytes:
+        """SVE's registers in a mode; empty if they are not in use in it."""
+        try:
+            values = ptrace.get_registers(self._tid, kind)
+        except OSError:
+            return b""
+        flags = struct.unpack_from("<H", values, 12)[0] if len(values) >= 16 else 0
+        return values if flags & _SVE_ACTIVE else b""
+
+    @property
+    def _room(self) -> int:
+        """Where the thread's stack has room, far enough below what it uses."""
+        return (self._saved["sp"] - self._cpu.red_zone - _ROOM) // _ALIGN * _ALIGN
+
+    def _has_room(self) -> bool:
+        """Whether that is still stack; beyond its end is memory of others, or none."""
+        first, last = self._room, self._saved["sp"] - 1
+        return first >> 12 == last >> 12 or self._memory.are_of_one_mapping(first, last)
+
+    def run(self, call: Call, limit_s: float, wanted: Callable[[], bool]) -> Answer:
+        """Run the system call, and leave the thread stopped as it was found."""
+        mask = ptrace.get_signal_mask(self._tid)
+        vectors = self._vectors(ptrace.NT_ARM_SVE) if self._arm else b""
+        address = self._room
+        held = self._memory.read(address, len(call.memory))
+        try:
+            ptrace.set_signal_mask(self._tid, _ALL_SIGNALS)
+            self._memory.write(address, call.memory)
+            began = time.monotonic()
+            enter = self._enter_arm if self._arm else self._enter_x86
+            leave = enter(call, address)
+            self._stop.until_system_call(ptrace.SYSCALL_EXIT, limit_s=limit_s, wanted=wanted)
+            result = cpu.signed(self._registers()[self._cpu.result])
+            call_s = time.monotonic() - began
+            memory = self._memory.read(address, len(call.memory))
+            leave()
+            self._memory.write(address, held)
+            ptrace.interrupt(self._tid)
+            self._stop.go(ptrace.cont)
+            self._stop.until_event()
+        finally:
+            self._put_back(mask, vectors, address, held)
+        ptrace.detach(self._tid)
+        self._stop.stopped = False
+        return Answer(result, memory, time.monotonic() - self._stop.began, call_s, self._kvm_run_fd)
+
+    def _registers(self) -> dict[str, int]:
+        return self._cpu.unpack(ptrace.get_registers(self._tid))
+
+    def _set(self, registers: dict[str, int]) -> None:
+        ptrace.set_registers(self._tid, self._cpu.pack(registers))
+
+    def _with_arguments(self, registers: dict[str, int], call: Call, address: int) -> dict[str, int]:
+        values = list(call.arguments)
+        if call.memory:
+            values[call.pointer] = address
+        return {**registers, **dict(zip(self._cpu.arguments, values, strict=False))}
+
+    def _enter_x86(self, call: Call, address: int) -> Callable[[], None]:
+        """Take the thread to the entry of the system call.
+
+        :returns: what to do at its exit
+        """
+        start = {**self._saved, "pc": self._instruction, "rax": call.number, "orig_rax": -1}
+        self._stop.changed = True
+        self._set(self._with_arguments(start, call, address))
+        self._stop.until_system_call(ptrace.SYSCALL_ENTRY)
+        self._final = dict(self._saved)
+        if self._interrupted_x86():
+            self._final["rax"] = -cpu.ERESTARTNOHAND
+        return lambda: self._set(self._final)
+
+    def _interrupted_x86(self) -> bool:
+        """Whether the stop has made a system call fail that can as well go on."""
+        saved = self._saved
+        if saved["orig_rax"] in _EPOLL_WAITS_X86 and cpu.signed(saved["rax"]) == -errno.EINTR:
+            return saved["r10"] & _INT == _INT  # without a time-out, which would begin again
+        return self._kvm_run_fd >= 0
+
+    def _enter_arm(self, call: Call, address: int) -> Callable[[], None]:
+        """Take the thread to the entry of the system call.
+
+        A system call that is to be restarted is entered as it would be, and exchanged there: only the kernel
+        knows how it restarts it, and orig_x0 cannot be set otherwise.
+
+        :returns: what to do at its exit
+        """
+        saved = self._final = dict(self._saved)
+        restart = 0
+        start = {**saved, "pc": self._instruction, "pstate": saved["pstate"] & ~_BTYPE}
+        if self._is_call(saved["pc"]):
+            start = saved
+            restart = cpu.ERESTARTSYS
+        elif self._kvm_run_fd >= 0:
+            self._final = start = {**saved, "pc": saved["pc"] - 4, "x0": self._kvm_run_fd}
+            restart = cpu.ERESTARTNOHAND
+        self._stop.changed = True
+        self._set(start)
+        self._stop.until_system_call(ptrace.SYSCALL_ENTRY)
+        number = self._number()
+        if restart == cpu.ERESTARTSYS and number == _RESTART_SYSCALL:
+            restart = cpu.ERESTART_RESTARTBLOCK
+        elif number in self._cpu.not_restarted:
+            restart = cpu.ERESTARTNOHAND
+        self._set(self._with_arguments(self._registers(), call, address))
+        self._set_number(call.number)
+        return lambda: self._leave_arm(start["pc"], number, restart)
+
+    def _leave_arm(self, pc: int, number: int, restart: int) -> None:
+        if not restart:
+            self._set(self._final)
+            self._set_number(-1)
+            return
+        self._set({**self._final, "pc": pc + 4, "x0": -restart})
+        self._set_number(number)
+
+    def _find_kvm_run(self) -> int:
+        """The vCPU whose KVM_RUN the stop has made fail with EINTR; -1 if there is none."""
+        saved = self._saved
+        if cpu.signed(saved[self._cpu.result]) != -errno.EINTR:
+            return -1
+        if not self._arm:
+            of_run = saved["orig_rax"] == self._cpu.ioctl and saved["rsi"] & _INT == ioctls.KVM_RUN
+            return saved["rdi"] & _INT if of_run else -1
+        if saved["x8"] != self._cpu.ioctl or saved["x1"] & _INT != ioctls.KVM_RUN:
+            return -1
+        return self._first_argument() if self._is_call(saved["pc"] - 4) else -1
+
+    def _first_argument(self) -> int:
+        """The kernel's orig_x0, which no register set has; -1 if it does not tell.
+
+        /proc/PID/task/TID/syscall has it, of a thread that is in a system call, which this one is no more.
+        """
+        self._set_number(self._cpu.ioctl)
+        try:
+            words = (PROC / str(self._tid) / "syscall").read_text().split()
+        except OSError:
+            return -1
+        finally:
+            self._set_number(-1)
+        return int(words[1], 16) if len(words) > 2 else -1
+
+    def _is_call(self, address: int) -> bool:
+        return self._memory.read(address, 4) == self._cpu.instruction
+
+    def _number(self) -> int:
+        return int.from_bytes(
+            ptrace.get_registers(self._tid, ptrace.NT_ARM_SYSTEM_CALL), "little", signed=True
+        )
+
+    def _set_number(self, number: int) -> None:
+        ptrace.set_registers(self._tid, struct.pack("<i", number), ptrace.NT_ARM_SYSTEM_CALL)
+
+    def _put_back(self, mask: int, vectors: bytes, address: int, held: bytes) -> None:
+        """Everything as it was; also of a thread that something unexpected has happened to."""
+        if not self._stop.stopped:
+            ptrace.interrupt(self._tid)
+            self._stop.until_event()
+        if self._stop.changed:
+            self._set(self._final)
+        if vectors:
+            ptrace.set_registers(self._tid, vectors, ptrace.NT_ARM_SVE)
+        self._memory.write(address, held)
+        ptrace.set_signal_mask(self._tid, mask)
+        self._stop.changed = False
+
+
+class Memory:
+    """The memory of a process, at rest or not. Close it.
+
+    :raises OSError: it may not be read and written
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._fd = os.open(PROC / str(pid) / "mem", os.O_RDWR | os.O_CLOEXEC)
+
+    def read(self, address: int, size: int) -> bytes:
+        """What is there; nothing if that cannot be read."""
+        try:
+            return os.pread(self._fd, size, address) if size else b""
+        except (OSError, OverflowError):
+            return b""
+
+    def write(self, address: int, data: bytes) -> None:
+        """Change it.
+
+        :raises ProcessLost: the process is gone
+        :raises PrefaultError: it cannot be written there
+        """
+        try:
+            written = os.pwrite(self._fd, data, address) if data else 0
+        except OSError as error:
+            raise PrefaultError(f"process {self.pid} has no memory at {address:#x}") from error
+        if written != len(data):
+            raise ProcessLost(f"process {self.pid} ended")
+
+    def are_of_one_mapping(self, first: int, last: int) -> bool:
+        """Whether two addresses are in one mapping."""
+        return any(one.start <= first and last < one.end for one in mappings(self.pid))
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A line of /proc/PID/maps."""
+
+    start: int
+    end: int
+    access: str
+    name: str
+
+
+def mappings(pid: int) -> list[Mapping]:
+    """What a process has mapped; nothing if it is gone."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in (PROC / str(pid) / "maps").read_text().splitlines():
+            span, access, *rest = line.split(maxsplit=5)
+            start, _, end = span.partition("-")
+            found.append(Mapping(int(start, 16), int(end, 16), access, rest[3] if len(rest) > 3 else ""))
+    return found
+
+
+def find_instruction(memory: Memory) -> int:
+    """Address of a system call instruction in what a process may execute, the vDSO first.
+
+    :raises PrefaultError: there is none
+    """
+    instruction = cpu.host().instruction
+    step = len(instruction) if len(instruction) == 4 else 1
+    places = [one for one in mappings(memory.pid) if "x" in one.access and one.name != "[vsyscall]"]
+    for place in sorted(places, key=lambda one: one.name != "[vdso]"):
+        for start in range(place.start, place.end, _PIECE):
+            piece = memory.read(start, min(_PIECE, place.end - start))
+            index = piece.find(instruction)
+            while index >= 0 and index % step:
+                index = piece.find(instruction, index + 1)
+            if index >= 0:
+                return start + index
+    raise PrefaultError(f"process {memory.pid} has no system call instruction that it may execute")

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vCPUs of a process that is not one's own, and the threads that run them.
+
+A thread that is in KVM_RUN says so in /proc, with the descriptor, unless it is in the guest at that moment:
+"running". So /proc is watched for a while; then names count ("CPU 0/KVM", "fc_vcpu 0", "vcpu0"), and last, a
+thread that runs all the time is stopped once, and its registers tell.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefault.abi import ioctls
+from prefault.errors import UsageError
+from prefault.faults.capture import threads_of
+from prefault.inject import cpu
+
+PROC = Path("/proc")
+
+WATCH_S = 0.25
+_LOOK_S = 0.002
+_VCPU = re.compile(r"anon_inode:kvm-vcpu:(\d+)")
+_NAME = re.compile(r"(?i)v?cpu[ _:-]?(\d+)(?:/KVM)?$")
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """A process's descriptors of one VM.
+
+    :ivar vm: of the VM
+    :ivar vcpus: of each vCPU, by its index
+    """
+
+    vm: int
+    vcpus: dict[int, int]
+
+
+@dataclass(frozen=True)
+class VcpuThread:
+    """A vCPU, and the thread that runs it."""
+
+    index: int
+    fd: int
+    tid: int
+
+
+def descriptors(pid: int) -> Descriptors:
+    """Those of a process.
+
+    :raises OSError: they may not be seen
+    :raises UsageError: it has no VM with vCPUs, or more than one
+    """
+    vms, vcpus = [], dict[int, list[int]]()
+    for link in sorted((PROC / str(pid) / "fd").iterdir(), key=lambda one: int(one.name)):
+        try:
+            target = str(link.readlink())
+        except FileNotFoundError:
+            continue
+        if target == "anon_inode:kvm-vm":
+            vms.append(int(link.name))
+        elif found := _VCPU.fullmatch(target):
+            vcpus.setdefault(int(found[1]), []).append(int(link.name))
+    if not vms or not vcpus:
+        raise UsageError(f"process {pid} has no VM with vCPUs")
+    if any(len(fds) > 1 for fds in vcpus.values()):
+        raise UsageError(f"process {pid} has more than one VM: which of them the plan is for cannot be told")
+    return Descriptors(vms[0], {index: fds[0] for index, fds in sorted(vcpus.items())})
+
+
+def running(text: str) -> int:
+    """The vCPU descriptor that a thread is in KVM_RUN with, from its /proc/…/syscall; -1 for none."""
+    words = text.split()
+    if len(words) < 3 or words[0] != str(cpu.host().ioctl) or int(words[2], 16) != ioctls.KVM_RUN:
+        return -1
+    return int(words[1], 16)
+
+
+def find(pid: int, known: Descriptors, ask: Callable[[int], int]) -> list[VcpuThread]:
+    """The vCPUs whose threads can be told.
+
+    :param ask: stops a thread and says which vCPU it was running, -1 for none
+    """
+    found = _watched(pid, known)
+    if len(found) < len(known.vcpus):
+        found = {**_named(pid, known), **found}
+    for tid in _busy(pid, found.values()):
+        if len(found) == len(known.vcpus):
+            break
+        fd = ask(tid)
+        found.update({index: tid for index, one in known.vcpus.items() if one == fd})
+    return [VcpuThread(index, known.vcpus[index], tid) for index, tid in sorted(found.items())]
+
+
+def _watched(pid: int, known: Descriptors) -> dict[int, int]:
+    index_of = {fd: index for index, fd in known.vcpus.items()}
+    found: dict[int, int] = {}
+    end = time.monotonic() + WATCH_S
+    while len(found) < len(known.vcpus) and time.monotonic() < end:
+        for tid in threads_of(pid):
+            fd = running(_read(pid, tid, "syscall"))
+            if fd in index_of:
+                found[index_of[fd]] = tid
+        time.sleep(_LOOK_S)
+    return found
+
+
+def _named(pid: int, known: Descriptors) -> dict[int, int]:
+    """By name, where a name is of one thread only."""
+    found: dict[int, list[int]] = {}
+    for tid in threads_of(pid):
+        match = _NAME.search(_read(pid, tid, "comm").strip())
+        if match and int(match[1]) in known.vcpus:
+            found.setdefault(int(match[1]), []).append(tid)
+    return {index: tids[0] for index, tids in found.items() if len(tids) == 1}
+
+
+def _busy(pid: int, known: Iterable[int]) -> list[int]:
+    """Threads that run at this moment, but for those whose vCPU is known."""
+    taken = set(known)
+    return [
+        tid
+        for tid in threads_of(pid)
+        if tid not in taken and _read(pid, tid, "syscall").startswith("running")
+    ]
+
+
+def _read(pid: int, tid: int, name: str) -> str:
+    try:
+        return (PROC / str(pid) / "task" / str(tid) / name).read_text()
+    except OSError:
+        return ""
