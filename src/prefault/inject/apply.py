@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Apply a plan: to one's own VMM, or to the VMM of a process that knows nothing of it.
 
-Both go over the vCPUs in turn, with calls of a size that fits a slice. In a foreign process, a vCPU is stopped
-for its slice, and then let go for at least as long.
+Both go over the vCPUs in turn, with calls of a size that fits a slice. In a foreign process, a vCPU is
+stopped for its slice, and then let go for at least as long.
 
 Source: Documentation/virt/kvm/api.rst, KVM_PRE_FAULT_MEMORY
 """

@@ -7,12 +7,12 @@ makes it not notice:
 - all signals are blocked meanwhile; those that come are delivered when it is let go;
 - the general registers are put back, on arm64 SVE's, too, which a system call discards;
 - a system call that the stop interrupted goes on: at the end the thread is taken to a stop from where the
-  kernel itself decides on the restart, with the error number that makes it do so. KVM_RUN, which returns EINTR
-  to whatever interrupts it, is given ERESTARTNOHAND: it goes on, unless a handler of the VMM runs;
+  kernel itself decides on the restart, with the error number that makes it do so. KVM_RUN, which returns
+  EINTR to whatever interrupts it, is given ERESTARTNOHAND: it goes on, unless a handler of the VMM runs;
 - it is not touched in a restartable sequence, or in SME's streaming mode: let go, and stopped again.
 
-Failure modes: ``ProcessLost`` if the thread ends; ``OSError`` of PTRACE_SEIZE if it may not be traced; ``Busy``
-if it cannot be stopped where a call would do no harm.
+Failure modes: ``ProcessLost`` if the thread ends; ``OSError`` of PTRACE_SEIZE if it may not be traced;
+``Busy`` if it cannot be stopped where a call would do no harm.
 
 Source: arch_do_signal_or_restart() (x86), do_signal() (arm64), ptrace_stop(); ptrace(2)
 """

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VMM that is at work while a plan is applied to it: two vCPUs that compute, and ask a device again and again.
+
+Between exits it sleeps a little, so that its threads are stopped in the guest, in the kernel and outside of it.
+It prints that it is ready, and at the first line of its input has its guests walk the plan's memory and says what
+they took: ``python3 busy_vmm.py MIB``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+
+from prefault.guest import port
+from prefault.guest.program import DeviceRead, Expect, Marker, Program, Report, Step, Walk
+from prefault.kvm import open_kvm
+from prefault.machine import Interrupted, MemoryRegion, MmioExit, Resident, Vcpu, VcpuConfig, VmConfig
+
+CODE = 0x4000_0000
+SMALL = 0x6000_0000
+DATA = 0x1_0000_0000
+DEVICE = 0x0A00_0000
+VCPUS = 2
+MIB = 1 << 20
+ROUNDS = 3000
+SPIN = 16 << 10
+
+
+def answer(index: int, round_: int) -> int:
+    """What the device says to a vCPU."""
+    return 0xABCD_0000_0000_0000 | index << 32 | round_
+
+
+def steps(index: int, size: int) -> tuple[Step, ...]:
+    """Rounds of computing and asking, and then a walk of the plan's memory."""
+    found: list[Step] = []
+    for round_ in range(ROUNDS):
+        found += [Walk(SMALL + index * MIB, SPIN, 8), DeviceRead(DEVICE), Expect(answer(index, round_))]
+    return (*found, Marker(1), Walk(DATA + index * size, size, 4096), Report())
+
+
+class Worker:
+    """A vCPU's thread."""
+
+    def __init__(self, vcpu: Vcpu, index: int, go: threading.Event) -> None:
+        self.vcpu, self.index, self.go = vcpu, index, go
+        self.interrupted = self.rounds = 0
+        self.ended = ""
+        self.values: list[int] = []
+        self.at_marker = threading.Event()
+        self.proceed = threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self) -> None:
+        """Run the guest to its end, and note what is seen."""
+        try:
+            self._run()
+        except Exception as error:  # noqa: BLE001  # the main thread tells it
+            self.ended = repr(error)
+        self.at_marker.set()
+
+    def _run(self) -> None:
+        while True:
+            exit_ = port.proceed(self.vcpu)
+            if isinstance(exit_, MmioExit) and not exit_.is_write:
+                self._answer()
+            elif isinstance(exit_, Interrupted):
+                self.interrupted += 1
+            elif exit_ == port.AtMarker(1):
+                self.at_marker.set()
+                self.proceed.wait()
+            elif isinstance(exit_, port.Reported):
+                self.values.append(exit_.value)
+            else:
+                self.ended = repr(exit_)
+                return
+
+    def _answer(self) -> None:
+        """Take the time that a device takes; stay at the last round but one until it is time."""
+        if self.rounds % 3 == 0:
+            time.sleep(0.002)
+        if self.rounds == ROUNDS - 2:
+            self.go.wait()
+        self.vcpu.complete_mmio(answer(self.index, self.rounds))
+        self.rounds += 1
+
+
+def main() -> None:
+    """Do what the module says."""
+    size = int(sys.argv[1]) * MIB
+    with open_kvm() as kvm, kvm.create_vm(VmConfig()) as vm:
+        code = MemoryRegion(0, CODE, VCPUS * 2 * MIB, resident=Resident.WRITE)
+        vm.set_user_memory_region(code)
+        vm.set_user_memory_region(MemoryRegion(1, SMALL, VCPUS * MIB, resident=Resident.WRITE))
+        vm.set_user_memory_region(MemoryRegion(2, DATA, VCPUS * size, resident=Resident.WRITE))
+        go, workers = threading.Event(), []
+        for index in range(VCPUS):
+            program = Program(steps(index, size), CODE + index * 2 * MIB)
+            assert vm.program_size(program) <= 2 * MIB
+            vm.install(program)
+            vcpu = vm.create_vcpu(VcpuConfig())
+            vcpu.load(program)
+            for page in range(DATA + index * size, DATA + (index + 1) * size, 4096):
+                vm.write_memory(page, page.to_bytes(8, "little"))
+            workers.append(Worker(vcpu, index, go))
+        for one in workers:
+            one.thread.start()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        during = [one.rounds for one in workers]
+        go.set()
+        for one in workers:
+            one.at_marker.wait()
+        with vm.count_faults() as counts:
+            for one in workers:
+                one.proceed.set()
+            for one in workers:
+                one.thread.join()
+        told = {
+            "during": during,
+            "rounds": [one.rounds for one in workers],
+            "interrupted": [one.interrupted for one in workers],
+            "ended": [one.ended for one in workers],
+            "values": [one.values for one in workers],
+            "faults": sum(DATA <= ipa < DATA + VCPUS * size for ipa in counts.ipas),
+        }
+        print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main()
