@@ -18,6 +18,7 @@ import click
 
 from prefault import __version__
 from prefault.cli import output
+from prefault.cli.apply import apply
 from prefault.cli.bench import bench
 from prefault.cli.bisectable import bisectable
 from prefault.cli.conform import conform
@@ -64,6 +65,7 @@ def root() -> None:
     prefault map               the stage-2 tables of a VM, drawn
     prefault record            the stage-2 faults of a live VM, or of a trace
     prefault plan              what to pre-fault of what was recorded, and whether it pays
+    prefault apply             a plan, in a VMM that runs and knows nothing of it
     prefault conform           the same scenarios on the specification and on a real kernel
     prefault explore           races on the specification, in every order
     prefault bench             what pre-faulting costs, and what it spares, in instructions
@@ -77,6 +79,7 @@ root.add_command(run)
 root.add_command(map_)
 root.add_command(record)
 root.add_command(plan)
+root.add_command(apply)
 root.add_command(conform)
 root.add_command(explore)
 root.add_command(bench)

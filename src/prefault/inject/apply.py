@@ -199,14 +199,18 @@ class Process:
             self._memory.close()
             raise
 
-    def find(self) -> Found:
+    def find(self, *, stop: bool = True) -> Found:
         """Its vCPUs and their threads.
 
+        :param stop: threads that /proc does not tell about may be stopped, once
         :raises UsageError: no thread is known to run a vCPU
         """
-        threads = tuple(vcpus.find(self.pid, self._known, self._ask))
+        with stop_signals() as ended:
+            threads = tuple(vcpus.find(self.pid, self._known, self._ask if stop else None))
+        if ended.is_set():
+            raise KeyboardInterrupt
         unknown = tuple(sorted(set(self._known.vcpus) - {one.index for one in threads}))
-        if not threads:
+        if stop and not threads:
             raise UsageError(
                 f"none of process {self.pid}'s threads was seen running a vCPU: is its guest paused? "
                 "Let it run while the plan is applied"
@@ -216,7 +220,8 @@ class Process:
     def check_extension(self, found: Found, capability: int) -> int:
         """KVM_CHECK_EXTENSION on its VM, by one of its vCPUs' threads."""
         call = Call(cpu.host().ioctl, (found.vm_fd, ioctls.KVM_CHECK_EXTENSION, capability))
-        return self.call(found.threads[0].tid, call).result
+        thread = found.threads[0]
+        return self.call(thread.tid, call, kvm_run_fd=thread.run_fd).result
 
     def apply(
         self,
@@ -245,26 +250,30 @@ class Process:
         tid: int,
         call: Call,
         *,
+        kvm_run_fd: int = -1,
         limit_s: float = 1.0,
         wanted: Callable[[], bool] = lambda: False,
     ) -> Answer:
         """A system call in one of its threads.
 
+        :param kvm_run_fd: the vCPU that it runs, if that is certain
         :raises ProcessLost: the thread ended
         :raises NotTraceable: it may not be traced
         """
-        tracee = Tracee(self._memory, tid, self._instruction, suspend_seccomp=self._suspend_seccomp)
         try:
-            return tracee.call(call, limit_s=limit_s, wanted=wanted)
+            return self._tracee(tid).call(call, kvm_run_fd=kvm_run_fd, limit_s=limit_s, wanted=wanted)
         except PermissionError as error:
             refusal.check(self.pid, allow_seccomp=self._suspend_seccomp)
             raise NotTraceable(
                 f"the kernel does not let thread {tid} of process {self.pid} be traced"
             ) from error
 
+    def _tracee(self, tid: int) -> Tracee:
+        return Tracee(self._memory, tid, self._instruction, suspend_seccomp=self._suspend_seccomp)
+
     def _ask(self, tid: int) -> int:
         with contextlib.suppress(ProcessLost, Busy):
-            return self.call(tid, Call(cpu.host().getpid, ())).kvm_run_fd
+            return self._tracee(tid).running()
         return -1
 
     def close(self) -> None:
@@ -295,7 +304,11 @@ class _Foreign:
             pointer=2,
         )
         answer = self._process.call(
-            self._thread.tid, call, limit_s=self._slice_s * _FILL, wanted=self._wanted
+            self._thread.tid,
+            call,
+            kvm_run_fd=self._thread.run_fd,
+            limit_s=self._slice_s * _FILL,
+            wanted=self._wanted,
         )
         left = _REQUEST.unpack(answer.memory)
         return _Step(PreFaultProgress(left[0], left[1], answer.errno), answer.stopped_s, answer.call_s)

@@ -23,11 +23,11 @@ class Cpu:
     :ivar names: of the general registers, in the order of NT_PRSTATUS, all of 64 bits
     :ivar arguments: those that a system call takes its arguments in
     :ivar number: the one with the system call's number
+    :ivar number_at_entry: where a tracer sees it
     :ivar result: the one with its result
     :ivar instruction: the system call instruction
     :ivar red_zone: bytes below the stack pointer that a function may use
     :ivar ioctl: the system call's number
-    :ivar getpid: that of one without an effect
     :ivar not_restarted: calls that fail with ERESTARTNOHAND
     """
 
@@ -35,11 +35,11 @@ class Cpu:
     names: tuple[str, ...]
     arguments: tuple[str, ...]
     number: str
+    number_at_entry: str
     result: str
     instruction: bytes
     red_zone: int
     ioctl: int
-    getpid: int
     not_restarted: frozenset[int] = field(default=frozenset())
 
     @property
@@ -66,11 +66,11 @@ X86_64 = Cpu(
     _X86_NAMES,
     ("rdi", "rsi", "rdx", "r10", "r8", "r9"),
     "rax",
+    "orig_rax",
     "rax",
     b"\x0f\x05",
     128,
     16,
-    39,
 )
 
 ARM64 = Cpu(
@@ -78,11 +78,11 @@ ARM64 = Cpu(
     (*(f"x{index}" for index in range(31)), "sp", "pc", "pstate"),
     tuple(f"x{index}" for index in range(6)),
     "x8",
+    "x8",
     "x0",
     b"\x01\x00\x00\xd4",
     0,
     29,
-    172,
     frozenset({72, 73, 133}),  # pselect6, ppoll, rt_sigsuspend
 )
 

@@ -46,7 +46,7 @@ def check(pid: int, *, allow_seccomp: bool) -> None:
         raise UsageError(f"{pid} is a thread of process {about.get('Tgid')}: give that process")
     check_rights(pid, about)
     check_process(pid)
-    _check_word_size(pid)
+    check_word_size(pid)
     for tid in threads_of(pid):
         _check_thread(pid, tid, allow_seccomp=allow_seccomp)
 
@@ -88,7 +88,8 @@ def _has(about: dict[str, str], capability: int) -> bool:
     return bool(int(about["CapEff"], 16) >> capability & 1)
 
 
-def _check_word_size(pid: int) -> None:
+def check_word_size(pid: int) -> None:
+    """Refuse a 32-bit program."""
     try:
         with (PROC / str(pid) / "exe").open("rb") as file:
             head = file.read(5)

@@ -46,6 +46,7 @@ _SVE_ACTIVE = 1
 _ALIGN = 16
 _ROOM = 256
 _PIECE = 1 << 20
+_SOON_S = 0.05
 _INT = (1 << 32) - 1
 _EPOLL_WAITS_X86 = {232, 281}
 _RESTART_SYSCALL = 128
@@ -63,14 +64,12 @@ class Answer:
     :ivar memory: the argument's bytes afterwards; empty if it had none
     :ivar stopped_s: from when the thread was told to stop until it was let go
     :ivar call_s: how much of that was the system call
-    :ivar kvm_run_fd: the vCPU that the thread was running; -1 if it was not in KVM_RUN
     """
 
     result: int
     memory: bytes
     stopped_s: float
     call_s: float
-    kvm_run_fd: int = -1
 
     @property
     def errno(self) -> int:
@@ -110,11 +109,13 @@ class Tracee:
         self,
         call: Call,
         *,
+        kvm_run_fd: int = -1,
         limit_s: float = PATIENCE_S,
         wanted: Callable[[], bool] = lambda: False,
     ) -> Answer:
         """Stop the thread, run one system call in it, let it go.
 
+        :param kvm_run_fd: the vCPU that it runs, if that is known; otherwise it sees EINTR on arm64
         :param limit_s: after so long, the system call is interrupted
         :param wanted: asked now and then; True interrupts the system call, too
         :raises ProcessLost: the thread ended
@@ -123,11 +124,32 @@ class Tracee:
         """
         for _ in range(_TRIES):
             with _seized(self.tid, self._options) as stop:
-                injection = _Injection(self, stop)
+                injection = _Injection(self, stop, kvm_run_fd)
                 if not injection.harmful():
                     return injection.run(call, limit_s, wanted)
             time.sleep(0.001)
         raise Busy(f"thread {self.tid} is always in a sequence that must not be broken off")
+
+    def running(self) -> int:
+        """The vCPU that the thread runs, by its descriptor; -1 if it does not enter KVM_RUN soon.
+
+        On arm64 a KVM_RUN tells its descriptor only when it begins. So the thread sees the one that it is in
+        fail with EINTR, as after a signal, and begins the next.
+        """
+        machine = cpu.host()
+        with _seized(self.tid, self._options) as stop:
+            injection = _Injection(self, stop, -1)
+            if machine is not cpu.ARM64 and injection.in_kvm_run():
+                return injection.go_on()
+            for _ in range(_TRIES):
+                if not stop.next_system_call(_SOON_S):
+                    return -1
+                registers = machine.unpack(ptrace.get_registers(self.tid))
+                number, of_run = registers[machine.number_at_entry], ioctls.KVM_RUN
+                if number == machine.ioctl and registers[machine.arguments[1]] & _INT == of_run:
+                    return registers[machine.arguments[0]]
+                stop.next_system_call(_SOON_S)  # its end
+        return -1
 
 
 class _Stop:
@@ -207,6 +229,18 @@ class _Stop:
                 raise PrefaultError(f"thread {self.tid} is not where it must be in the injected system call")
             number = 0 if status >> 16 == ptrace.EVENT_STOP else os.WSTOPSIG(status)
 
+    def next_system_call(self, limit_s: float) -> bool:
+        """Go on to the next system call stop; False if there is none soon."""
+        self.go(ptrace.to_system_call)
+        while True:
+            status = self.wait(limit_s=limit_s)
+            number = os.WSTOPSIG(status)
+            if status >> 16 == ptrace.EVENT_STOP:
+                return False
+            if number == signal.SIGTRAP | 0x80:
+                return True
+            self.go(ptrace.to_system_call, number)
+
 
 @contextlib.contextmanager
 def _seized(tid: int, options: int) -> Iterator[_Stop]:
@@ -237,12 +271,30 @@ def _lost_if_gone(tid: int) -> Iterator[None]:
         yield
     except ProcessLookupError as error:
         raise ProcessLost(f"thread {tid} ended") from error
+    except PermissionError as error:
+        if _ends(tid):
+            raise ProcessLost(f"thread {tid} ended") from error
+        raise
+
+
+def _ends(tid: int) -> bool:
+    """Whether a thread that may not be traced is one that has just died."""
+    end = time.monotonic() + _SOON_S
+    while time.monotonic() < end:
+        try:
+            state = (PROC / str(tid) / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state in "ZX":
+            return True
+        time.sleep(_NAP_S)
+    return False
 
 
 class _Injection:
     """A stopped thread, and all that must be put back."""
 
-    def __init__(self, tracee: Tracee, stop: _Stop) -> None:
+    def __init__(self, tracee: Tracee, stop: _Stop, kvm_run_fd: int) -> None:
         self._cpu = cpu.host()
         self._arm = self._cpu is cpu.ARM64
         self._stop = stop
@@ -251,7 +303,12 @@ class _Injection:
         self._saved = self._cpu.unpack(ptrace.get_registers(self._tid))
         self._final = self._saved
         self._instruction = tracee.instruction
-        self._kvm_run_fd = self._find_kvm_run()
+        self._kvm_run_fd = self._find_kvm_run(kvm_run_fd)
+
+    def go_on(self) -> int:
+        """Have an interrupted KVM_RUN of x86 go on when the thread is let go; its descriptor."""
+        self._set({**self._saved, "rax": -cpu.ERESTARTNOHAND})
+        return self._kvm_run_fd
 
     def harmful(self) -> bool:
         """Whether a system call here would do harm."""
@@ -317,7 +374,7 @@ class _Injection:
             self._put_back(mask, vectors, address, held)
         ptrace.detach(self._tid)
         self._stop.stopped = False
-        return Answer(result, memory, time.monotonic() - self._stop.began, call_s, self._kvm_run_fd)
+        return Answer(result, memory, time.monotonic() - self._stop.began, call_s)
 
     def _registers(self) -> dict[str, int]:
         return self._cpu.unpack(ptrace.get_registers(self._tid))
@@ -389,31 +446,24 @@ class _Injection:
         self._set({**self._final, "pc": pc + 4, "x0": -restart})
         self._set_number(number)
 
-    def _find_kvm_run(self) -> int:
-        """The vCPU whose KVM_RUN the stop has made fail with EINTR; -1 if there is none."""
+    def _find_kvm_run(self, known: int) -> int:
+        """The vCPU whose KVM_RUN the stop has made fail with EINTR; -1 if there is none, or it is not known.
+
+        On arm64, the result has taken the place of the descriptor.
+        """
+        if not self.in_kvm_run():
+            return -1
+        return known if self._arm else self._saved["rdi"] & _INT
+
+    def in_kvm_run(self) -> bool:
+        """Whether the stop has made KVM_RUN fail with EINTR."""
         saved = self._saved
         if cpu.signed(saved[self._cpu.result]) != -errno.EINTR:
-            return -1
-        if not self._arm:
-            of_run = saved["orig_rax"] == self._cpu.ioctl and saved["rsi"] & _INT == ioctls.KVM_RUN
-            return saved["rdi"] & _INT if of_run else -1
-        if saved["x8"] != self._cpu.ioctl or saved["x1"] & _INT != ioctls.KVM_RUN:
-            return -1
-        return self._first_argument() if self._is_call(saved["pc"] - 4) else -1
-
-    def _first_argument(self) -> int:
-        """The kernel's orig_x0, which no register set has; -1 if it does not tell.
-
-        /proc/PID/task/TID/syscall has it, of a thread that is in a system call, which this one is no more.
-        """
-        self._set_number(self._cpu.ioctl)
-        try:
-            words = (PROC / str(self._tid) / "syscall").read_text().split()
-        except OSError:
-            return -1
-        finally:
-            self._set_number(-1)
-        return int(words[1], 16) if len(words) > 2 else -1
+            return False
+        if self._arm:
+            of_run = saved["x8"] == self._cpu.ioctl and saved["x1"] & _INT == ioctls.KVM_RUN
+            return of_run and self._is_call(saved["pc"] - 4)
+        return saved["orig_rax"] == self._cpu.ioctl and saved["rsi"] & _INT == ioctls.KVM_RUN
 
     def _is_call(self, address: int) -> bool:
         return self._memory.read(address, 4) == self._cpu.instruction

@@ -2,15 +2,15 @@
 """The vCPUs of a process that is not one's own, and the threads that run them.
 
 A thread that is in KVM_RUN says so in /proc, with the descriptor, unless it is in the guest at that moment:
-"running". So /proc is watched for a while; then names count ("CPU 0/KVM", "fc_vcpu 0", "vcpu0"), and last, a
-thread that runs all the time is stopped once, and its registers tell.
+"running". So /proc is watched for a while; then threads that run at the moment are stopped once, and their
+registers tell; and last, of a guest that is paused, names count ("CPU 0/KVM", "fc_vcpu 0", "vcpu0").
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ PROC = Path("/proc")
 
 WATCH_S = 0.25
 _LOOK_S = 0.002
+_ASK_TIMES = 20
 _VCPU = re.compile(r"anon_inode:kvm-vcpu:(\d+)")
 _NAME = re.compile(r"(?i)v?cpu[ _:-]?(\d+)(?:/KVM)?$")
 
@@ -41,11 +42,20 @@ class Descriptors:
 
 @dataclass(frozen=True)
 class VcpuThread:
-    """A vCPU, and the thread that runs it."""
+    """A vCPU, and the thread that runs it.
+
+    :ivar certain: the kernel has said so; otherwise it has only the name
+    """
 
     index: int
     fd: int
     tid: int
+    certain: bool
+
+    @property
+    def run_fd(self) -> int:
+        """What an interrupted KVM_RUN of this thread may go on with; -1 if that is not certain."""
+        return self.fd if self.certain else -1
 
 
 def descriptors(pid: int) -> Descriptors:
@@ -79,20 +89,30 @@ def running(text: str) -> int:
     return int(words[1], 16)
 
 
-def find(pid: int, known: Descriptors, ask: Callable[[int], int]) -> list[VcpuThread]:
+def find(pid: int, known: Descriptors, ask: Callable[[int], int] | None) -> list[VcpuThread]:
     """The vCPUs whose threads can be told.
 
-    :param ask: stops a thread and says which vCPU it was running, -1 for none
+    :param ask: stops a thread and says which vCPU it was running, -1 for none; None: stop none
     """
-    found = _watched(pid, known)
-    if len(found) < len(known.vcpus):
-        found = {**_named(pid, known), **found}
-    for tid in _busy(pid, found.values()):
-        if len(found) == len(known.vcpus):
+    seen = _watched(pid, known)
+    index_of = {fd: index for index, fd in known.vcpus.items()}
+    for _ in range(_ASK_TIMES if ask is not None else 0):
+        for tid in _busy(pid, set(seen.values())):
+            if len(seen) == len(known.vcpus):
+                break
+            fd = ask(tid) if ask is not None else -1
+            if fd in index_of:
+                seen[index_of[fd]] = tid
+        if len(seen) == len(known.vcpus):
             break
-        fd = ask(tid)
-        found.update({index: tid for index, one in known.vcpus.items() if one == fd})
-    return [VcpuThread(index, known.vcpus[index], tid) for index, tid in sorted(found.items())]
+        time.sleep(_LOOK_S)
+    taken = set(seen.values())
+    named = {
+        index: tid for index, tid in _named(pid, known).items() if index not in seen and tid not in taken
+    }
+    found = [VcpuThread(index, known.vcpus[index], tid, certain=True) for index, tid in seen.items()]
+    found += [VcpuThread(index, known.vcpus[index], tid, certain=False) for index, tid in named.items()]
+    return sorted(found, key=lambda one: one.index)
 
 
 def _watched(pid: int, known: Descriptors) -> dict[int, int]:
@@ -118,9 +138,8 @@ def _named(pid: int, known: Descriptors) -> dict[int, int]:
     return {index: tids[0] for index, tids in found.items() if len(tids) == 1}
 
 
-def _busy(pid: int, known: Iterable[int]) -> list[int]:
+def _busy(pid: int, taken: set[int]) -> list[int]:
     """Threads that run at this moment, but for those whose vCPU is known."""
-    taken = set(known)
     return [
         tid
         for tid in threads_of(pid)

@@ -4,24 +4,29 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import IO
 
+from prefault.errors import CapabilityMissing, ProcessLost
 from prefault.inject.apply import Applied, Process
 
 DATA = 0x1_0000_0000
 MIB = 1 << 20
+SLICE_S = 0.02
 
 
-def start(mib: int) -> subprocess.Popen[str]:
+def start(mib: int, *words: str) -> subprocess.Popen[str]:
     """A VMM whose guests run."""
-    argv = [sys.executable, "/busy_vmm.py", str(mib)]
+    argv = [sys.executable, "/busy_vmm.py", str(mib), *words]
     vmm = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert pipe(vmm.stdout).readline() == "ready\n"
-    time.sleep(0.3)
+    time.sleep(0.2)
     return vmm
 
 
@@ -50,32 +55,78 @@ def facts(done: Applied) -> dict[str, object]:
     return {**asdict(done), "longest_stop_s": done.longest_stop_s}
 
 
-def whole() -> None:
+def traced(pid: int) -> list[str]:
+    """Tracers that its threads have."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    lines = [line for task in tasks for line in (task / "status").read_text().splitlines()]
+    return [line.split()[1] for line in lines if line.startswith("TracerPid:") and line.split()[1] != "0"]
+
+
+def whole(name: str, *words: str) -> None:
     """All memory that the guests will need, and a hole."""
-    vmm = start(16)
+    vmm = start(16, *words)
     with Process(vmm.pid) as process:
         found = process.find()
         hole = (DATA + 64 * MIB, 4 * MIB)
-        done = process.apply(found, [(DATA, 24 * MIB), hole, (DATA + 24 * MIB, 8 * MIB)], slice_s=0.05)
-    tell(
-        "whole",
-        applied=facts(done),
-        vmm=finish(vmm),
-        threads=[[one.index, one.fd] for one in found.threads],
-        unknown=found.unknown,
-    )
+        plan = [(DATA, 24 * MIB), hole, (DATA + 24 * MIB, 8 * MIB)]
+        done = process.apply(found, plan, slice_s=SLICE_S)
+    threads = [[one.index, one.fd, one.certain] for one in found.threads]
+    tell(name, applied=facts(done), traced=traced(vmm.pid), vmm=finish(vmm), threads=threads)
 
 
 def nothing() -> None:
     """The same guests without a plan."""
+    tell("nothing", vmm=finish(start(16)))
+
+
+def killed() -> None:
+    """The VMM dies in the middle."""
     vmm = start(16)
-    tell("nothing", vmm=finish(vmm))
+    with Process(vmm.pid) as process:
+        found = process.find()
+        threading.Timer(0.2, vmm.kill).start()
+        try:
+            process.apply(found, [(DATA, 32 * MIB)] * 100, slice_s=0.002)
+            said = ""
+        except ProcessLost as error:
+            said = str(error)
+    vmm.wait()
+    tell("killed", said=said)
+
+
+def interrupted(name: str, number: signal.Signals) -> None:
+    """A signal ends this in the middle."""
+    vmm = start(16)
+    with Process(vmm.pid) as process:
+        found = process.find()
+        threading.Timer(0.3, signal.raise_signal, (number,)).start()
+        began = time.monotonic()
+        done = process.apply(found, [(DATA, 32 * MIB)] * 1000, slice_s=0.005)
+    tell(name, applied=facts(done), seconds=time.monotonic() - began, traced=traced(vmm.pid), vmm=finish(vmm))
+
+
+def unsupported() -> None:
+    """A kernel that cannot: the library asks first, and touches nothing."""
+    vmm = start(1)
+    with Process(vmm.pid) as process:
+        found = process.find()
+        process.check_extension = lambda *_: 0  # type: ignore[method-assign]
+        try:
+            process.apply(found, [(DATA, MIB)])
+            said = ""
+        except CapabilityMissing as error:
+            said = str(error)
+    tell("unsupported", said=said, vmm=finish(vmm))
 
 
 def main() -> None:
     """All of them."""
-    whole()
+    whole("whole")
     nothing()
+    whole("kicked", "kick")
+    killed()
+    interrupted("interrupted", signal.SIGINT)
+    unsupported()
 
 
 if __name__ == "__main__":

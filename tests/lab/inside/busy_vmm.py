@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VMM that is at work while a plan is applied to it: two vCPUs that compute, and ask a device again and again.
+"""A VMM at work while a plan is applied to it: two vCPUs compute, and ask a device again and again.
 
-Between exits it sleeps a little, so that its threads are stopped in the guest, in the kernel and outside of it.
-It prints that it is ready, and at the first line of its input has its guests walk the plan's memory and says what
-they took: ``python3 busy_vmm.py MIB``.
+Between exits it sleeps a little, so that its threads are stopped in the guest, in the kernel and outside of
+it. It prints that it is ready, and at the first line of its input has its guests walk the plan's memory and
+says what they took: ``python3 busy_vmm.py MIB [kick]``. With ``kick`` its vCPUs get signals all the time.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import threading
 import time
@@ -26,6 +27,12 @@ VCPUS = 2
 MIB = 1 << 20
 ROUNDS = 3000
 SPIN = 16 << 10
+HANDLED = [0]
+
+
+def handle(*_: object) -> None:
+    """Count a signal."""
+    HANDLED[0] += 1
 
 
 def answer(index: int, round_: int) -> int:
@@ -46,18 +53,23 @@ class Worker:
 
     def __init__(self, vcpu: Vcpu, index: int, go: threading.Event) -> None:
         self.vcpu, self.index, self.go = vcpu, index, go
-        self.interrupted = self.rounds = 0
+        self.interrupted = self.rounds = self.signals = 0
         self.ended = ""
         self.values: list[int] = []
         self.at_marker = threading.Event()
         self.proceed = threading.Event()
         self.thread = threading.Thread(target=self.run)
 
+    def kick(self) -> None:
+        """What a VMM does to have its vCPU's attention: a signal whose handler only counts."""
+        signal.pthread_kill(self.thread.ident or 0, signal.SIGUSR1)
+        self.signals += 1
+
     def run(self) -> None:
         """Run the guest to its end, and note what is seen."""
         try:
             self._run()
-        except Exception as error:  # noqa: BLE001  # the main thread tells it
+        except Exception as error:  # the main thread tells it
             self.ended = repr(error)
         self.at_marker.set()
 
@@ -87,9 +99,30 @@ class Worker:
         self.rounds += 1
 
 
+class Kicker(threading.Thread):
+    """Kicks vCPUs now and then."""
+
+    def __init__(self, workers: list[Worker]) -> None:
+        super().__init__()
+        self._workers = workers
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        """Until the end."""
+        while self._workers and not self._over.wait(0.01):
+            for one in self._workers:
+                one.kick()
+
+    def end(self) -> None:
+        """Stop kicking."""
+        self._over.set()
+        self.join()
+
+
 def main() -> None:
     """Do what the module says."""
     size = int(sys.argv[1]) * MIB
+    signal.signal(signal.SIGUSR1, handle)
     with open_kvm() as kvm, kvm.create_vm(VmConfig()) as vm:
         code = MemoryRegion(0, CODE, VCPUS * 2 * MIB, resident=Resident.WRITE)
         vm.set_user_memory_region(code)
@@ -107,9 +140,12 @@ def main() -> None:
             workers.append(Worker(vcpu, index, go))
         for one in workers:
             one.thread.start()
+        kicker = Kicker(workers if "kick" in sys.argv else [])
+        kicker.start()
         print("ready", flush=True)
         sys.stdin.readline()
         during = [one.rounds for one in workers]
+        kicker.end()
         go.set()
         for one in workers:
             one.at_marker.wait()
@@ -121,6 +157,8 @@ def main() -> None:
         told = {
             "during": during,
             "rounds": [one.rounds for one in workers],
+            "signals": [one.signals for one in workers],
+            "handled": HANDLED[0],
             "interrupted": [one.interrupted for one in workers],
             "ended": [one.ended for one in workers],
             "values": [one.values for one in workers],

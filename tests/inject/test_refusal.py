@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused before anything is touched, and with which reason."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prefault.errors import NotTraceable, UsageError
+from prefault.inject import refusal
+from tests.inject.children import python
+from tests.inject.test_tracee import FILTER, traced
+
+pytestmark = pytest.mark.timeout(60)
+NOBODY = 65534
+
+
+@pytest.fixture
+def any_process_is_a_vmm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusal, "check_process", lambda _: None)
+
+
+def test_no_such_process() -> None:
+    with pytest.raises(UsageError, match="there is no process 4000000"):
+        refusal.check(4_000_000, allow_seccomp=False)
+
+
+def test_oneself() -> None:
+    with pytest.raises(UsageError, match="cannot trace itself"):
+        refusal.check(os.getpid(), allow_seccomp=False)
+
+
+def test_a_process_without_a_vm() -> None:
+    with python("ready(); sys.stdin.read()") as child, pytest.raises(UsageError, match="has no VM"):
+        refusal.check(child.pid, allow_seccomp=False)
+
+
+def test_a_zombie() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    end = time.monotonic() + 10
+    while not refusal.status(child.pid)["State"].startswith("Z"):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    with pytest.raises(UsageError, match="zombie"):
+        refusal.check(child.pid, allow_seccomp=False)
+    child.wait()
+
+
+@pytest.mark.usefixtures("any_process_is_a_vmm")
+def test_a_thread_in_the_place_of_a_process() -> None:
+    code = (
+        "import threading\nt = threading.Thread(target=sys.stdin.read, daemon=True); t.start()\n"
+        "ready(); print(t.native_id, flush=True); t.join()"
+    )
+    with python(code) as child:
+        assert child.stdout is not None
+        tid = int(child.stdout.readline())
+        with pytest.raises(UsageError, match=f"is a thread of process {child.pid}"):
+            refusal.check(tid, allow_seccomp=False)
+
+
+@pytest.mark.usefixtures("any_process_is_a_vmm")
+def test_another_tracer_is_named() -> None:
+    with (
+        python("ready(); sys.stdin.read()") as child,
+        traced(child.pid),
+        pytest.raises(NotTraceable, match=r"is traced by process \d+"),
+    ):
+        refusal.check(child.pid, allow_seccomp=False)
+
+
+@pytest.mark.usefixtures("any_process_is_a_vmm")
+def test_a_seccomp_filter_is_refused_unless_it_may_be_suspended() -> None:
+    with python(FILTER) as child:
+        with pytest.raises(NotTraceable, match="seccomp filter, which may kill"):
+            refusal.check(child.pid, allow_seccomp=False)
+        if os.geteuid() == 0:
+            refusal.check(child.pid, allow_seccomp=True)
+        else:
+            with pytest.raises(NotTraceable, match="CAP_SYS_ADMIN"):
+                refusal.check(child.pid, allow_seccomp=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_process_of_another_user() -> None:
+    code = (
+        "import os, sys\nfrom prefault.inject import refusal\nfrom prefault.errors import NotTraceable\n"
+        f"os.setgid({NOBODY}); os.setuid({NOBODY})\n"
+        "try:\n    refusal.check(int(sys.argv[1]), allow_seccomp=False)\n"
+        "except NotTraceable as error:\n    print(error)\n"
+    )
+    with python("ready(); sys.stdin.read()") as child:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
+        said = subprocess.run(
+            [sys.executable, "-c", code, str(child.pid)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        ).stdout
+    assert "is of another user (uid 0)" in said
+    assert "CAP_SYS_PTRACE" in said
+
+
+@pytest.mark.parametrize(("scope", "said"), [(1, "only who has CAP_SYS_PTRACE"), (3, "nobody may trace")])
+def test_yama(scope: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc as it is where Yama is: that of this machine need not have it."""
+    (tmp_path / "sys/kernel/yama").mkdir(parents=True)
+    (tmp_path / "sys/kernel/yama/ptrace_scope").write_text(f"{scope}\n")
+    me = tmp_path / str(os.getpid())
+    me.mkdir()
+    (me / "status").write_text("Uid:\t7\t7\t7\t7\nGid:\t7\t7\t7\t7\nCapEff:\t0000000000000000\n")
+    monkeypatch.setattr(refusal, "PROC", tmp_path)
+    with pytest.raises(NotTraceable, match=said):
+        refusal.check_rights(99, {"Uid": "7 7 7 7", "Gid": "7 7 7 7"})
+
+
+@pytest.mark.usefixtures("any_process_is_a_vmm")
+def test_a_32_bit_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "77").mkdir()
+    (tmp_path / "77/exe").write_bytes(b"\x7fELF\x01\x01\x01")
+    monkeypatch.setattr(refusal, "PROC", tmp_path)
+    with pytest.raises(NotTraceable, match="32-bit"):
+        refusal.check_word_size(77)

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A system call in a thread of another process, which must not notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import struct
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from prefault.errors import ProcessLost
+from prefault.inject.tracee import Call
+from tests.inject import children
+from tests.inject.children import GETPID, GETTIME, NANOSLEEP, pipe, python, tracee, wait_for_call
+
+pytestmark = [
+    pytest.mark.timeout(60),
+    pytest.mark.skipif(
+        platform.machine() != "x86_64", reason="system call numbers of x86-64; arm64 is tested in the lab"
+    ),
+]
+
+STOPS = 25
+SYSCALL = "libc = ctypes.CDLL(None, use_errno=True)\n"
+MEASURE = """
+began = time.monotonic()
+result = {call}
+error = ctypes.get_errno() if result < 0 else 0
+ready_ = time.monotonic() - began
+print(json.dumps([result, error, ready_]), flush=True)
+"""
+
+
+def sleep_of(seconds: float) -> Call:
+    """nanosleep: a system call that takes its time."""
+    whole = int(seconds)
+    return Call(NANOSLEEP, (0, 0), struct.pack("<qq", whole, int((seconds - whole) * 1e9)))
+
+
+def test_the_call_is_the_threads_own() -> None:
+    with python("ready(); sys.stdin.read()") as child, tracee(child.pid) as one:
+        assert one.call(Call(GETPID, ())).result == child.pid
+        assert one.call(Call(0, (1000, 0, 0))).errno == 9
+
+
+def test_memory_goes_in_and_comes_out() -> None:
+    with python("ready(); sys.stdin.read()") as child, tracee(child.pid) as one:
+        answer = one.call(Call(GETTIME, (1, 0), bytes(16), pointer=1))
+        seconds, _ = struct.unpack("<qq", answer.memory)
+        assert answer.result == 0
+        assert abs(seconds - time.monotonic()) < 2
+
+
+@pytest.mark.skipif(children.compiler() is None, reason="no C compiler: apt install gcc")
+def test_registers_flags_vectors_and_red_zone_are_as_they_were(tmp_path: Path) -> None:
+    with children.running(str(children.registers_program(tmp_path))) as child:
+        with tracee(child.pid) as one:
+            for _ in range(400):
+                assert one.call(Call(GETTIME, (1, 0), bytes(16), pointer=1)).result == 0
+        child.terminate()
+        good, bad = map(int, pipe(child.stdout).readline().split())
+        assert bad == 0
+        assert good > 100
+
+
+WAITS = {
+    "nanosleep": (35, "libc.syscall(35, (ctypes.c_long * 2)(0, 600000000), None)", 0, 0, 0.6),
+    "clock_nanosleep": (
+        230,
+        "libc.clock_nanosleep(1, 0, (ctypes.c_long * 2)(0, 600000000), None)",
+        0,
+        0,
+        0.6,
+    ),
+    "poll": (7, "libc.poll(None, 0, 600)", 0, 0, 0.6),
+    "ppoll": (271, "libc.ppoll(None, 0, (ctypes.c_long * 2)(0, 600000000), None)", 0, 0, 0.6),
+    "select": (23, "libc.syscall(23, 0, None, None, None, (ctypes.c_long * 2)(0, 600000))", 0, 0, 0.6),
+    "futex": (
+        202,
+        "libc.syscall(202, (ctypes.c_int * 1)(7), 128, 7, (ctypes.c_long * 2)(0, 600000000))",
+        -1,
+        110,
+        0.6,
+    ),
+    "read": (0, "libc.read(0, ctypes.create_string_buffer(9), 9)", 3, 0, 0.0),
+    "epoll_wait": (
+        232,
+        "libc.epoll_wait(epoll, ctypes.create_string_buffer(99), 1, -1)",
+        1,
+        0,
+        0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_goes_on_and_ends_when_it_must(name: str) -> None:
+    number, call, result, error, seconds = WAITS[name]
+    epoll = "e = __import__('select').epoll(); e.register(0, 1); epoll = e.fileno()\n"
+    with python(SYSCALL + epoll + "ready()\n" + MEASURE.format(call=call)) as child, tracee(child.pid) as one:
+        wait_for_call(child.pid, number)
+        for _ in range(STOPS):
+            assert one.call(Call(GETPID, ())).result == child.pid
+            time.sleep(0.005)
+        if not seconds:
+            pipe(child.stdin).write("abc")
+            pipe(child.stdin).flush()
+        told = json.loads(pipe(child.stdout).readline())
+        assert told[:2] == [result, error]
+        if seconds:
+            assert seconds <= told[2] < seconds + 0.15
+
+
+def test_pause_ends_with_the_signal_that_comes_after() -> None:
+    code = (
+        SYSCALL
+        + "signal.signal(signal.SIGUSR1, lambda *_: None)\nready()\n"
+        + MEASURE.format(call="libc.pause()")
+    )
+    with python(code) as child, tracee(child.pid) as one:
+        wait_for_call(child.pid, 34)
+        for _ in range(STOPS):
+            one.call(Call(GETPID, ()))
+        wait_for_call(child.pid, 34)
+        child.send_signal(signal.SIGUSR1)
+        assert json.loads(pipe(child.stdout).readline())[:2] == [-1, 4]
+
+
+COUNT = """
+count = 0
+def note(*_):
+    global count
+    count += 1
+signal.signal(signal.SIGUSR1, note)
+ready()
+end = time.monotonic() + 20
+while time.monotonic() < end and count < {want}:
+    pass
+time.sleep(0.1)
+blocked = [int(l.split()[1], 16) for l in open('/proc/self/status') if l.startswith('SigBlk')]
+print(json.dumps([count, blocked]), flush=True)
+"""
+
+
+def test_a_signal_that_comes_meanwhile_is_delivered_afterwards_once() -> None:
+    with python(COUNT.format(want=5)) as child, tracee(child.pid) as one:
+        for _ in range(5):
+            threading.Timer(0.03, child.send_signal, (signal.SIGUSR1,)).start()
+            answer = one.call(sleep_of(0.1))
+            assert answer.result == 0  # not interrupted
+            assert answer.call_s >= 0.1
+        assert json.loads(pipe(child.stdout).readline()) == [5, [0]]
+
+
+def test_a_signal_interrupts_a_wait_as_it_would_have() -> None:
+    call = "libc.read(0, ctypes.create_string_buffer(9), 9)"
+    code = "libc.signal(10, ctypes.CFUNCTYPE(None, ctypes.c_int)(print)); libc.siginterrupt(10, 1)\n"
+    with python(SYSCALL + code + "ready()\n" + MEASURE.format(call=call)) as child, tracee(child.pid) as one:
+        wait_for_call(child.pid, 0)
+        threading.Timer(0.03, child.send_signal, (signal.SIGUSR1,)).start()
+        one.call(sleep_of(0.1))
+        lines = [pipe(child.stdout).readline(), pipe(child.stdout).readline()]
+        assert json.loads(lines[1])[:2] == [-1, 4], lines
+
+
+def test_a_long_call_is_interrupted_and_the_thread_goes_on() -> None:
+    with python(COUNT.format(want=1)) as child, tracee(child.pid) as one:
+        answer = one.call(sleep_of(30), limit_s=0.02)
+        assert answer.errno == 516  # the kernel's own: to be restarted, had this been the thread's
+        assert answer.call_s < 2
+        answer = one.call(sleep_of(30), wanted=lambda: True)
+        assert answer.stopped_s < 2
+        child.send_signal(signal.SIGUSR1)
+        assert json.loads(pipe(child.stdout).readline()) == [1, [0]]
+
+
+def test_death_in_the_middle_of_a_call_is_told() -> None:
+    with python("ready(); sys.stdin.read()") as child, tracee(child.pid) as one:
+        threading.Timer(0.05, child.kill).start()
+        with pytest.raises(ProcessLost, match="ended"):
+            one.call(sleep_of(20))
+        with pytest.raises(ProcessLost, match="ended"):
+            one.call(Call(GETPID, ()))
+
+
+THREAD = """
+import sys, threading, time
+thread = threading.Thread(target=sys.stdin.readline)
+thread.start()
+print("ready", thread.native_id, flush=True)
+thread.join()
+time.sleep(20)
+"""
+
+
+def test_a_thread_that_ends_is_told_and_its_process_lives() -> None:
+    with children.running(sys.executable, "-c", THREAD, first_line=False) as child:
+        tid = int(pipe(child.stdout).readline().split()[1])
+        with tracee(child.pid, tid) as one:
+            assert one.call(Call(GETPID, ())).result == child.pid
+            pipe(child.stdin).write("\n")
+            pipe(child.stdin).flush()
+            with pytest.raises(ProcessLost):
+                while True:
+                    one.call(Call(GETPID, ()))
+        assert child.poll() is None
+
+
+def test_a_process_that_is_stopped_stays_stopped() -> None:
+    with python(COUNT.format(want=1)) as child, tracee(child.pid) as one:
+        child.send_signal(signal.SIGSTOP)
+        _until_state(child.pid, "T")
+        assert one.call(Call(GETPID, ())).result == child.pid
+        _until_state(child.pid, "T")
+        time.sleep(0.1)
+        _until_state(child.pid, "T")
+        child.send_signal(signal.SIGCONT)
+        child.send_signal(signal.SIGUSR1)
+        assert json.loads(pipe(child.stdout).readline()) == [1, [0]]
+
+
+def test_stop_and_go_on_in_the_middle_of_a_call() -> None:
+    with python(COUNT.format(want=1)) as child, tracee(child.pid) as one:
+        threading.Timer(0.03, child.send_signal, (signal.SIGSTOP,)).start()
+        go_on = threading.Timer(0.06, child.send_signal, (signal.SIGCONT,))
+        go_on.start()
+        assert one.call(sleep_of(0.1)).errno == 516  # interrupted by the stop
+        go_on.join()
+        child.send_signal(signal.SIGUSR1)
+        assert json.loads(pipe(child.stdout).readline()) == [1, [0]]
+
+
+def _until_state(pid: int, state: str) -> None:
+    end = time.monotonic() + 5
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != state:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+FILTER = """
+class F(ctypes.Structure):
+    _fields_ = [('code', ctypes.c_ushort), ('jt', ctypes.c_ubyte), ('jf', ctypes.c_ubyte),
+                ('k', ctypes.c_uint)]
+class P(ctypes.Structure):
+    _fields_ = [('len', ctypes.c_ushort), ('filter', ctypes.POINTER(F))]
+f = (F * 4)(F(0x20, 0, 0, 0), F(0x15, 0, 1, 39), F(6, 0, 0, 0x80000000), F(6, 0, 0, 0x7fff0000))
+libc = ctypes.CDLL(None)
+libc.prctl(38, 1, 0, 0, 0)
+assert libc.prctl(22, 2, ctypes.byref(P(4, f)), 0, 0) == 0
+ready()
+sys.stdin.read()
+"""
+"""A seccomp filter that kills the process for getpid."""
+
+
+def test_a_seccomp_filter_kills_unless_it_is_suspended() -> None:
+    with python(FILTER) as child:
+        if os.geteuid() == 0:
+            with tracee(child.pid, suspend_seccomp=True) as one:
+                assert one.call(Call(GETPID, ())).result == child.pid
+        with tracee(child.pid) as one, pytest.raises(ProcessLost):
+            while True:  # it dies after the call
+                one.call(Call(GETPID, ()))
+
+
+def test_another_tracer_is_an_error_and_changes_nothing() -> None:
+    with python("ready(); sys.stdin.read()") as child, traced(child.pid), tracee(child.pid) as one:
+        with pytest.raises(PermissionError):
+            one.call(Call(GETPID, ()))
+        assert child.poll() is None
+
+
+class traced:  # a context manager
+    """Another process traces this one."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+
+    def __enter__(self) -> None:
+        code = (
+            f"from prefault.inject import ptrace; import sys; ptrace.seize({self._pid}, 0); "
+            "print('ready', flush=True); sys.stdin.read()"
+        )
+        self._running = children.running(sys.executable, "-c", code)
+        self._running.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._running.__exit__(None, None, None)
