@@ -13,7 +13,7 @@ import prefault
 
 ROOT = Path(prefault.__file__).parent
 INSIDE_THE_LAB = (
-    *("abi", "kvm", "guest", "scenarios", "soak", "bench", "vmm", "machine", "errors"),
+    *("abi", "kvm", "guest", "scenarios", "soak", "bench", "vmm", "machine", "errors", "inject"),
     *("faults/__init__", "faults/capture", "faults/captured", "faults/plan"),
 )
 CARRIED = {"fdt"}
@@ -25,6 +25,7 @@ FORBIDDEN = {
     "kvm": {"lab", "spec", "cli", "report", "scenarios", "vmm"},
     "vmm": {"lab", "spec", "cli", "report", "scenarios", "conform", "soak"},
     "conform": {"cli"},
+    "inject": {"lab", "spec", "cli", "report", "scenarios", "conform", "vmm"},
     "faults": {"lab", "spec", "cli", "scenarios", "conform"},
     "machine": {"kvm", "lab", "spec", "cli", "report", "scenarios"},
 }

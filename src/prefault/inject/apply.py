@@ -243,7 +243,11 @@ class Process:
                     "kernel lacks it, or the VM is protected"
                 )
             ports = {one.index: _Foreign(self, one, slice_s, stop.is_set) for one in found.threads}
-            return _Loop(ports, slice_s, on_bytes, stop.is_set, rests=True).run(list(ranges))
+            loop = _Loop(ports, slice_s, on_bytes, stop.is_set, rests=True)
+            try:
+                return loop.run(list(ranges))
+            except ProcessLost as error:
+                raise ProcessLost(f"the VMM, process {self.pid}, runs no vCPU any more: {error}") from error
 
     def call(
         self,

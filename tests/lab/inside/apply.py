@@ -18,7 +18,7 @@ from prefault.inject.apply import Applied, Process
 
 DATA = 0x1_0000_0000
 MIB = 1 << 20
-SLICE_S = 0.02
+SLICE_S = 0.1
 
 
 def start(mib: int, *words: str) -> subprocess.Popen[str]:
