@@ -163,7 +163,7 @@ def pages_behind_a_block_hold_what_the_host_wrote(stage: Stage) -> None:
     second = DATA + stage.block
     vm.advise(second, stage.block, Advice.NOHUGEPAGE)
     vm.advise(second, stage.block, Advice.DONTNEED)
-    pages = (1, 2, 70)
+    pages = (0, 1, 2, 70)
     for page in pages:
         vm.write_memory(second + page * stage.page, (0x51 + page).to_bytes(8, "little"))
     steps = [step for page in pages for step in (Read(second + page * stage.page), Report())]
