@@ -142,7 +142,8 @@ def logged_huge_pages_are_mapped_by_pages(stage: Stage, kind: str) -> None:
 @scenario("M1", "M7", "M9")
 def pages_of_a_block_hold_what_the_host_wrote(stage: Stage) -> None:
     """From the middle of a block that may only be mapped in pages, and further than one hold of the lock."""
-    region = MemoryRegion(1, DATA, stage.block, Backing.THP, flags=SlotFlags.LOG_DIRTY_PAGES)
+    logged = SlotFlags.LOG_DIRTY_PAGES
+    region = MemoryRegion(1, DATA, stage.block, Backing.THP, Resident.WRITE, flags=logged)
     vm = stage.vm(region)
     pages = (5, 68, 69, 140)
     for page in pages:
@@ -159,7 +160,7 @@ def pages_of_a_block_hold_what_the_host_wrote(stage: Stage) -> None:
 @scenario("M1", "M9")
 def pages_behind_a_block_hold_what_the_host_wrote(stage: Stage) -> None:
     """The host has a block, and behind it pages, of which one is gone, where a second block would be."""
-    vm = stage.vm(MemoryRegion(1, DATA, 2 * stage.block, Backing.THP))
+    vm = stage.vm(MemoryRegion(1, DATA, 2 * stage.block, Backing.THP, Resident.WRITE))
     second, gone, pages = DATA + stage.block, 5, (0, 1, 5, 70)
     for page in pages:
         vm.write_memory(second + page * stage.page, (0x51 + page).to_bytes(8, "little"))
