@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,9 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefault.abi import ioctls
 from prefault.abi.constants import EHWPOISON
 from prefault.errors import CapabilityMissing, PrefaultError, ProcessLost, UsageError
-from prefault.inject.apply import apply
+from prefault.inject.apply import Found, Process, apply
+from prefault.inject.tracee import Answer, Call
+from prefault.inject.vcpus import VcpuThread
 from prefault.machine import PreFaultProgress
 
 PAGE = mmap.PAGESIZE
@@ -140,6 +144,29 @@ def test_progress_that_cannot_be_is_an_error(answer: Callable[[int, int], PreFau
 
     with pytest.raises(PrefaultError):
         apply([(BASE, 2 * PAGE)], [Odd()])
+
+
+class Slow(Process):
+    """A VMM on a machine where a stop takes longer than a slice, whatever is done in it."""
+
+    def __init__(self) -> None:
+        self.pid = 1
+        self.sizes: list[int] = []
+
+    def call(self, tid: int, call: Call, **_: object) -> Answer:
+        if call.arguments[1] == ioctls.KVM_CHECK_EXTENSION:
+            return Answer(1, b"", 0, 0)
+        gpa, size, flags = struct.unpack("<QQQ40x", call.memory)
+        self.sizes.append(size)
+        return Answer(0, struct.pack("<QQQ40x", gpa + size, 0, flags), 0.004, 0.0039)
+
+
+def test_slow_stops_do_not_make_calls_ever_smaller() -> None:
+    process = Slow()
+    found = Found(1, 3, (VcpuThread(0, 4, 1, certain=True),))
+    done = process.apply(found, [(BASE, 16 << 20)], slice_s=0.001)
+    assert done.bytes == 16 << 20
+    assert min(process.sizes) >= 1 << 20
 
 
 def test_a_plan_without_vcpus_is_wrong_usage() -> None:

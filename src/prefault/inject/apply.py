@@ -212,8 +212,9 @@ class Process:
         unknown = tuple(sorted(set(self._known.vcpus) - {one.index for one in threads}))
         if stop and not threads:
             raise UsageError(
-                f"none of process {self.pid}'s threads was seen running a vCPU: is its guest paused? "
-                "Let it run while the plan is applied"
+                f"none of process {self.pid}'s threads was seen running a vCPU: is its guest paused? Let it "
+                "run while the plan is applied, or have the VMM name its threads (QEMU: -name "
+                "debug-threads=on, as libvirt does)"
             )
         return Found(self.pid, self._known.vm, threads, unknown)
 
@@ -413,12 +414,17 @@ class _Loop:
         return step
 
     def _adapt(self, gone: int, step: _Step) -> None:
-        """Have the next call take what a slice has room for, at the speed of this one."""
+        """Have the next call take what a slice has room for, at the speed of this one.
+
+        In a foreign process, stopping and starting may take longer than a slice, however little is asked
+        for: it is asked for no less than at first, and the end of the slice interrupts what takes longer.
+        """
         overhead = step.stopped_s - step.call_s
         room = max(self._slice_s * _FILL - overhead, self._slice_s / 10)
         fits = int(gone * room / max(step.call_s, 1e-6)) if gone else self._call_size // 2
         grown = min(max(fits, self._call_size // _GROWTH), self._call_size * _GROWTH, _LARGEST_SIZE)
-        self._call_size = max(grown // _SMALLEST * _SMALLEST, _SMALLEST)
+        least = _FIRST_SIZE if self._rests else _SMALLEST
+        self._call_size = max(grown // _SMALLEST * _SMALLEST, least)
 
     def _pass_over(self, done: Applied, ipa: int, end: int, error: int) -> int:
         """Note a failure, and say how far to go on after it.
