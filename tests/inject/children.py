@@ -94,10 +94,12 @@ def registers_program(folder: Path) -> Path:
     source = folder / "registers.c"
     source.write_text(
         f"#include <stdio.h>\n#include <signal.h>\n__asm__({text});\nint once(void);\n"
-        "static volatile int end; static void stop(int n) { end = 1; }\n"
-        'int main(void) { long good = 0, bad = 0; signal(SIGTERM, stop); puts("ready"); fflush(stdout);\n'
+        "static volatile int end, signals; static void stop(int n) { end = 1; }\n"
+        "static void count(int n) { signals++; }\n"
+        "int main(void) { long good = 0, bad = 0; signal(SIGTERM, stop);\n"
+        'signal(SIGRTMIN, count); puts("ready"); fflush(stdout);\n'
         "while (!end) { if (once()) bad++; else good++; }\n"
-        'printf("%ld %ld\\n", good, bad); return 0; }\n'
+        'printf("%ld %ld %d\\n", good, bad, signals); return 0; }\n'
     )
     program = folder / "registers"
     subprocess.run([str(compiler()), "-O1", "-o", str(program), str(source)], check=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import signal
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from prefault.abi import ioctls
 from prefault.abi.constants import EHWPOISON
 from prefault.errors import CapabilityMissing, PrefaultError, ProcessLost, UsageError
-from prefault.inject.apply import Found, Process, apply
+from prefault.inject.apply import Found, Process, apply, stop_signals
 from prefault.inject.tracee import Answer, Call
 from prefault.inject.vcpus import VcpuThread
 from prefault.machine import PreFaultProgress
@@ -194,3 +195,13 @@ def test_every_byte_is_done_or_reported(
     assert set().union(*(one.done for one in fakes)) <= wanted
     assert wanted <= set().union(*(one.done for one in fakes)) | told
     assert not wanted & errors.keys() - told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_waits_until_all_is_put_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_signals() as stop:
+        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGTSTP)
+        assert stop.is_set()
+    assert signal.getsignal(number) is before

@@ -65,9 +65,36 @@ def test_registers_flags_vectors_and_red_zone_are_as_they_were(tmp_path: Path) -
             for _ in range(400):
                 assert one.call(Call(GETTIME, (1, 0), bytes(16), pointer=1)).result == 0
         child.terminate()
-        good, bad = map(int, pipe(child.stdout).readline().split())
+        good, bad, _ = map(int, pipe(child.stdout).readline().split())
         assert bad == 0
         assert good > 100
+
+
+@pytest.mark.skipif(children.compiler() is None, reason="no C compiler: apt install gcc")
+def test_no_signal_of_many_is_lost_or_comes_twice(tmp_path: Path) -> None:
+    """Before a thread stops, while it is stopped, and while it is let go."""
+    sent = 0
+    over = threading.Event()
+
+    def send(pid: int) -> None:
+        nonlocal sent
+        while not over.wait(0.0003):
+            os.kill(pid, signal.SIGRTMIN)  # these are queued, one by one
+            sent += 1
+
+    with children.running(str(children.registers_program(tmp_path))) as child:
+        thread = threading.Thread(target=send, args=(child.pid,))
+        thread.start()
+        with tracee(child.pid) as one:
+            for _ in range(1000):
+                assert one.call(Call(GETTIME, (1, 0), bytes(16), pointer=1)).result == 0
+        over.set()
+        thread.join()
+        time.sleep(0.1)
+        child.terminate()
+        _, bad, signals = map(int, pipe(child.stdout).readline().split())
+        assert bad == 0
+        assert signals == sent > 300
 
 
 WAITS = {
