@@ -250,12 +250,19 @@ def test_what_two_vcpus_take_is_shown_as_a_share_of_what_one_does(
 ) -> None:
     took = {"one": (100, 100), "halves": (60, 110), "both all": (90, 170)}
 
-    def fake(boot: in_lab.Boot, settings: in_lab.Settings, ask: PairAsk) -> list[Pair]:
+    def fake(
+        boot: in_lab.Boot, settings: in_lab.Settings, ask: PairAsk, *, icount: bool = False
+    ) -> list[Pair]:
         rounds = range(1, 1 + ask.rounds)
+        if icount:
+            return [Pair(way, 70 + len(way), 1) for _ in rounds for way in WAYS]
         return [Pair(way, took[way][0] * slow, took[way][1] * slow) for slow in rounds for way in WAYS]
 
     monkeypatch.setattr(in_lab, "pairs", fake)
     assert main(["bench", "--pairs", "--no-compare"]) == ExitCode.DONE
     text = capsys.readouterr().out
-    for line, shares in (("a half each", ["0.60", "1.10"]), ("all of it each", ["0.90", "1.70"])):
-        assert next(found for found in text.splitlines() if line in found).split()[-2:] == shares
+    for line, shares in (
+        ("a half each", ["1.04", "0.60", "1.10"]),
+        ("all of it each", ["1.07", "0.90", "1.70"]),
+    ):
+        assert next(found for found in text.splitlines() if line in found).split()[-3:] == shares

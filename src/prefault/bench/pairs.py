@@ -2,8 +2,8 @@
 """``python3 -m prefault.bench.pairs JSON``: what a second vCPU brings when memory is pre-faulted.
 
 The same resident memory is pre-faulted by one vCPU, by two with a half each, and by two that both do all of
-it, each in a thread on a CPU of its own. What it gives is time, for two things at once take two CPUs, and the
-instruction counter allows for one; so only ratios of the same run mean something.
+it, each in a thread on a CPU of its own. What it gives is time, of which only ratios in the same run mean
+something; or, where the clock counts instructions, what all did together on the one CPU that there is then.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
 
 class PreFaulter(threading.Thread):
-    """Pre-faults ``[gpa, gpa + size)`` on one CPU.
+    """Pre-faults ``[gpa, gpa + size)`` on one CPU; on the CPUs in turn, if there are not so many.
 
     :ivar ready: set once the thread is on its CPU and about to call
     :ivar gate: what to wait for between that and the first call
@@ -29,7 +29,7 @@ class PreFaulter(threading.Thread):
         super().__init__()
         self._vcpu = vcpu
         self._request = structures.kvm_pre_fault_memory(gpa, size, 0)
-        self._cpu = cpu
+        self._cpu = cpu % (os.cpu_count() or 1)
         self._error: KvmError | None = None
         self.ready = threading.Event()
         self.gate: threading.Barrier | None = None

@@ -304,7 +304,10 @@ def _timed(options: _Options) -> None:
             if isinstance(ask, Ask):
                 found[name] = in_lab.waits(on, _settings(options), ask)
             else:
-                found[name] = in_lab.pairs(on, _settings(options), ask)
+                found[name] = {
+                    "instructions": in_lab.pairs(on, _settings(options), ask, icount=True),
+                    "time": in_lab.pairs(on, _settings(options), ask),
+                }
     what, table = ("waits", report.waits_table) if options["waits"] else ("pairs", report.pairs_table)
     if output.wants_json():
         output.emit("bench", {"size": ask.size, what: found})

@@ -165,19 +165,24 @@ def waits(boot: Boot, settings: Settings, ask: Ask) -> list[Waits]:
     return [Waits(**one) for one in _all_of(found, 2 * len(KINDS))]
 
 
-def pairs(boot: Boot, settings: Settings, ask: PairAsk) -> list[Pair]:
+def pairs(boot: Boot, settings: Settings, ask: PairAsk, *, icount: bool = False) -> list[Pair]:
     """Boot a machine with several CPUs, and see what two vCPUs do together.
 
+    :param icount: on one CPU, with instructions for nanoseconds
     :raises LabError: the machine was lost, ran over its time, or ended without all results
     """
-    found = _timed("prefault.bench.pairs", boot, settings, ask)
+    found = _timed("prefault.bench.pairs", boot, settings, ask, icount=icount)
     return [Pair(**one) for one in _all_of(found, ask.rounds * len(WAYS))]
 
 
-def _timed(module: str, boot: Boot, settings: Settings, ask: Ask | PairAsk) -> JobResult:
+def _timed(
+    module: str, boot: Boot, settings: Settings, ask: Ask | PairAsk, *, icount: bool = False
+) -> JobResult:
     argv = ("python3", "-m", module, json.dumps(asdict(ask)))
     memory = settings.memory_mib or 2 * (ask.size // MIB) + 2 * _SYSTEM_MIB
-    options = MachineOptions(memory_mib=memory, cpus=WAIT_CPUS, mode=boot.mode, append=settings.append)
+    options = MachineOptions(
+        memory_mib=memory, cpus=WAIT_CPUS, mode=boot.mode, append=settings.append, icount=icount
+    )
     return run_job(Job(quietly(argv), timeout=settings.timeout), options, kernel=boot.kernel)
 
 
