@@ -179,7 +179,7 @@ print(json.dumps([count, blocked]), flush=True)
 def test_a_signal_that_comes_meanwhile_is_delivered_afterwards_once() -> None:
     with python(COUNT.format(want=5)) as child, tracee(child.pid) as one:
         for _ in range(5):
-            threading.Timer(0.03, child.send_signal, (signal.SIGUSR1,)).start()
+            threading.Timer(0.03, os.kill, (child.pid, signal.SIGUSR1)).start()
             answer = one.call(sleep_of(0.1))
             assert answer.result == 0  # not interrupted
             assert answer.call_s >= 0.1
@@ -191,7 +191,7 @@ def test_a_signal_interrupts_a_wait_as_it_would_have() -> None:
     code = "libc.signal(10, ctypes.CFUNCTYPE(None, ctypes.c_int)(print)); libc.siginterrupt(10, 1)\n"
     with python(SYSCALL + code + "ready()\n" + MEASURE.format(call=call)) as child, tracee(child.pid) as one:
         wait_for_call(child.pid, 0)
-        threading.Timer(0.03, child.send_signal, (signal.SIGUSR1,)).start()
+        threading.Timer(0.03, os.kill, (child.pid, signal.SIGUSR1)).start()
         one.call(sleep_of(0.1))
         lines = [pipe(child.stdout).readline(), pipe(child.stdout).readline()]
         assert json.loads(lines[1])[:2] == [-1, 4], lines
@@ -210,7 +210,7 @@ def test_a_long_call_is_interrupted_and_the_thread_goes_on() -> None:
 
 def test_death_in_the_middle_of_a_call_is_told() -> None:
     with python("ready(); sys.stdin.read()") as child, tracee(child.pid) as one:
-        threading.Timer(0.05, child.kill).start()
+        threading.Timer(0.05, os.kill, (child.pid, signal.SIGKILL)).start()
         with pytest.raises(ProcessLost, match="ended"):
             one.call(sleep_of(20))
         with pytest.raises(ProcessLost, match="ended"):
@@ -255,8 +255,8 @@ def test_a_process_that_is_stopped_stays_stopped() -> None:
 
 def test_stop_and_go_on_in_the_middle_of_a_call() -> None:
     with python(COUNT.format(want=1)) as child, tracee(child.pid) as one:
-        threading.Timer(0.03, child.send_signal, (signal.SIGSTOP,)).start()
-        go_on = threading.Timer(0.06, child.send_signal, (signal.SIGCONT,))
+        threading.Timer(0.03, os.kill, (child.pid, signal.SIGSTOP)).start()
+        go_on = threading.Timer(0.06, os.kill, (child.pid, signal.SIGCONT))
         go_on.start()
         assert one.call(sleep_of(0.1)).errno == 516  # interrupted by the stop
         go_on.join()

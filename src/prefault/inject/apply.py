@@ -178,6 +178,9 @@ class _Own:
 class Process:
     """A VMM that knows nothing of this. Close it. Nothing is traced between calls.
 
+    Who has started the VMM must not wait for it in another thread meanwhile: waitpid() takes the stops of a
+    traced child, too, and ``Popen.poll()`` and ``Popen.send_signal()`` call it.
+
     :param allow_seccomp: suspend the seccomp filters of a thread while it is stopped
     :raises UsageError: there is no such process, or it is no VMM
     :raises NotTraceable: it may not be traced, or not without harm

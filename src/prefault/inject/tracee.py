@@ -206,6 +206,8 @@ class _Stop:
     def until_event(self) -> int:
         """Wait for the stop that PTRACE_INTERRUPT asks for, handing over the signals that come before it.
 
+        Any other stop takes the request along (ptrace_stop()), so it is made again.
+
         :returns: the signal of a group stop (SIGSTOP), or SIGTRAP
         """
         while True:
@@ -213,6 +215,7 @@ class _Stop:
             if status >> 16 == ptrace.EVENT_STOP:
                 return os.WSTOPSIG(status)
             number = os.WSTOPSIG(status)
+            ptrace.interrupt(self.tid)
             self.go(ptrace.cont, 0 if number == signal.SIGTRAP | 0x80 else number)
 
     def until_system_call(

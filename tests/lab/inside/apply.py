@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def killed() -> None:
     vmm = start(16)
     with Process(vmm.pid) as process:
         found = process.find()
-        threading.Timer(0.2, vmm.kill).start()
+        threading.Timer(0.2, os.kill, (vmm.pid, signal.SIGKILL)).start()
         try:
             process.apply(found, [(DATA, 32 * MIB)] * 100, slice_s=0.002)
             said = ""
