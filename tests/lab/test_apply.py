@@ -68,9 +68,9 @@ def test_all_bytes_are_accounted_for_and_the_hole_is_told(ways: Mapping[str, Any
 def test_the_vmm_sees_no_eintr_but_for_the_one_that_tells_which_vcpu_a_thread_runs(
     ways: Mapping[str, Any],
 ) -> None:
-    """Each vCPU was stopped many times; a thread that never rests in the kernel is asked once."""
+    """Each vCPU was stopped many times; a thread that never rests in the kernel is asked once or twice."""
     stops = [one["calls"] for one in ways["whole"]["applied"]["vcpus"]]
-    assert sum(stops) > 8
+    assert min(stops) > 30
     assert sum(ways["whole"]["vmm"]["interrupted"]) <= 2 + 2
 
 

@@ -19,6 +19,7 @@ from prefault.inject.apply import Applied, Process
 
 DATA = 0x1_0000_0000
 MIB = 1 << 20
+PIECE = MIB // 2
 SLICE_S = 0.1
 
 
@@ -64,12 +65,12 @@ def traced(pid: int) -> list[str]:
 
 
 def whole(name: str, *words: str) -> None:
-    """All memory that the guests will need, and a hole."""
+    """All memory that the guests will need, in many pieces so that there are many stops, and a hole."""
     vmm = start(16, *words)
     with Process(vmm.pid) as process:
         found = process.find()
-        hole = (DATA + 64 * MIB, 4 * MIB)
-        plan = [(DATA, 24 * MIB), hole, (DATA + 24 * MIB, 8 * MIB)]
+        plan = [(DATA + start, PIECE) for start in range(0, 32 * MIB, PIECE)]
+        plan.insert(40, (DATA + 64 * MIB, 4 * MIB))
         done = process.apply(found, plan, slice_s=SLICE_S)
     threads = [[one.index, one.fd, one.certain] for one in found.threads]
     tell(name, applied=facts(done), traced=traced(vmm.pid), vmm=finish(vmm), threads=threads)
