@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from functools import partial
 from prefault.errors import KvmError
 from prefault.guest import port
 from prefault.guest.program import DeviceRead, Marker, Read, Report, Walk
+from prefault.kvm import mapping
 from prefault.machine import Backing, Failed, MmioExit, PreFaultProgress, Resident, VcpuConfig
 from tests.lab.inside.checks import Checks, main
 from tests.lab.inside.guests import DATA, DEVICE, LOG, MIB, PAGE, READONLY, finish, make_vm, start, until_exit
@@ -81,25 +81,14 @@ def where_no_slot_is_says_enoent_with_the_place() -> None:
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-)
 _NR_MEMFD_SECRET = 447
-_MAP_FIXED = 0x10
 
 
 def _put_secret_memory_at(hva: int) -> None:
     fd = _libc.syscall(_NR_MEMFD_SECRET, 0)
     assert fd >= 0, os.strerror(ctypes.get_errno())
     os.ftruncate(fd, PAGE)
-    access = mmap.PROT_READ | mmap.PROT_WRITE
-    assert _libc.mmap(hva, PAGE, access, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) == hva
+    mapping.map_at(hva, PAGE, shared=True, fd=fd)
     ctypes.memset(hva, 0x5A, PAGE)
     os.close(fd)
 
