@@ -14,6 +14,8 @@ import enum
 import struct
 from collections.abc import Callable
 
+from prefault.guest.labels import Labels
+
 XZR = 31
 LR = 30
 
@@ -230,14 +232,13 @@ def msr(name: str, rt: int) -> int:
     return 0xD5100000 | _system(name) | _register(rt)
 
 
-class Assembler:
+class Assembler(Labels):
     """Collects instructions at increasing offsets and resolves labels."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._words: list[int] = []
-        self._labels: dict[str, int] = {}
         self._fixups: list[tuple[int, str, Callable[[int], int]]] = []
-        self._names = 0
 
     @property
     def offset(self) -> int:
@@ -247,17 +248,6 @@ class Assembler:
     def emit(self, *words: int) -> None:
         """Append instructions."""
         self._words.extend(words)
-
-    def fresh(self, stem: str) -> str:
-        """A label name that nothing else has."""
-        self._names += 1
-        return f"{stem}.{self._names}"
-
-    def label(self, name: str) -> None:
-        """Give the next instruction a name."""
-        if name in self._labels:
-            raise ValueError(f"label {name} is defined twice")
-        self._labels[name] = self.offset
 
     def align(self, boundary: int) -> None:
         """Fill with zero words (UDF) up to a multiple of ``boundary`` bytes."""
@@ -279,7 +269,5 @@ class Assembler:
         """The machine code, little-endian, all labels resolved."""
         words = list(self._words)
         for index, name, encode in self._fixups:
-            if name not in self._labels:
-                raise ValueError(f"label {name} is used but not defined")
-            words[index] = encode(self._labels[name] - 4 * index)
+            words[index] = encode(self.place(name) - 4 * index)
         return struct.pack(f"<{len(words)}I", *words)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import enum
 import struct
 
+from prefault.guest.labels import Labels
+
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 R8, R12 = 8, 12
 
@@ -100,30 +102,23 @@ def store(rs: int, base: int, offset: int = 0, width: int = 8) -> bytes:
     return (b"\x66" if width == 2 else b"") + _memory(opcode, rs, base, offset, wide=wide)
 
 
-class Assembler:
+class Assembler(Labels):
     """Collects instructions at increasing offsets and resolves labels."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._code = bytearray()
-        self._labels: dict[str, int] = {}
         self._fixups: list[tuple[int, str]] = []
-        self._names = 0
+
+    @property
+    def offset(self) -> int:
+        """Offset in bytes of the next instruction."""
+        return len(self._code)
 
     def emit(self, *instructions: bytes) -> None:
         """Append instructions."""
         for one in instructions:
             self._code += one
-
-    def fresh(self, stem: str) -> str:
-        """A label name that nothing else has."""
-        self._names += 1
-        return f"{stem}.{self._names}"
-
-    def label(self, name: str) -> None:
-        """Give the next instruction a name."""
-        if name in self._labels:
-            raise ValueError(f"label {name} is defined twice")
-        self._labels[name] = len(self._code)
 
     def jump(self, name: str) -> None:
         """JMP to a label."""
@@ -142,7 +137,5 @@ class Assembler:
         """The machine code, all labels resolved."""
         code = bytearray(self._code)
         for at, name in self._fixups:
-            if name not in self._labels:
-                raise ValueError(f"label {name} is used but not defined")
-            struct.pack_into("<i", code, at, self._labels[name] - at - 4)
+            struct.pack_into("<i", code, at, self.place(name) - at - 4)
         return bytes(code)
