@@ -58,6 +58,11 @@ class UsageError(PrefaultError):
     exit_code = ExitCode.USAGE
 
 
+def errno_name(errno: int) -> str:
+    """ENOENT and the like; the number itself if it has no name."""
+    return "EHWPOISON" if errno == EHWPOISON else errno_names.errorcode.get(errno, str(errno))
+
+
 class KvmError(PrefaultError):
     """A KVM ioctl failed.
 
@@ -82,9 +87,8 @@ class KvmError(PrefaultError):
         self.size = size
         self.hint = hint
         where = "" if gpa is None else f" at gpa {gpa:#x}, {size or 0:#x} bytes left"
-        name = {EHWPOISON: "EHWPOISON"}.get(errno) or errno_names.errorcode.get(errno, str(errno))
         tail = f"; {hint}" if hint else ""
-        super().__init__(f"{ioctl} failed{where}: {name} ({os.strerror(errno)}){tail}")
+        super().__init__(f"{ioctl} failed{where}: {errno_name(errno)} ({os.strerror(errno)}){tail}")
 
 
 class MemoryFaultExit(KvmError):

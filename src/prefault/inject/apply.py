@@ -23,7 +23,14 @@ from typing import Protocol
 
 from prefault.abi import constants, ioctls
 from prefault.abi.constants import EHWPOISON
-from prefault.errors import CapabilityMissing, NotTraceable, PrefaultError, ProcessLost, UsageError
+from prefault.errors import (
+    CapabilityMissing,
+    NotTraceable,
+    PrefaultError,
+    ProcessLost,
+    UsageError,
+    errno_name,
+)
 from prefault.inject import cpu, refusal, vcpus
 from prefault.inject.tracee import Answer, Busy, Call, Memory, Tracee, find_instruction
 from prefault.kvm.prefault import HINTS
@@ -436,7 +443,7 @@ class _Loop:
         """
         if error in _HOPELESS:
             raise CapabilityMissing(
-                f"KVM_PRE_FAULT_MEMORY failed at {ipa:#x}: {_name(error)}; {_HOPELESS[error]}"
+                f"KVM_PRE_FAULT_MEMORY failed at {ipa:#x}: {errno_name(error)}; {_HOPELESS[error]}"
             )
         reach = {EHWPOISON: ipa + _SMALLEST, errno.ENOMEM: end}.get(error, (ipa // _BLOCK + 1) * _BLOCK)
         size = min(end, reach) - ipa
@@ -444,13 +451,9 @@ class _Loop:
         if last is not None and (last.ipa + last.size, last.errno) == (ipa, error):
             done.failed[-1] = FailedRange(last.ipa, last.size + size, error, last.error, last.hint)
         else:
-            done.failed.append(FailedRange(ipa, size, error, _name(error), HINTS.get(error, "")))
+            done.failed.append(FailedRange(ipa, size, error, errno_name(error), HINTS.get(error, "")))
         self._on_bytes(size)
         return size
-
-
-def _name(error: int) -> str:
-    return "EHWPOISON" if error == EHWPOISON else errno.errorcode.get(error, str(error))
 
 
 def _add(share: VcpuShare, gone: int, step: _Step) -> None:
