@@ -64,15 +64,12 @@ def check_rights(pid: int, about: dict[str, str]) -> None:
         )
     scope = _yama()
     if scope:
-        raise NotTraceable(
-            f"kernel.yama.ptrace_scope is {scope}: only "
-            + (
-                "nobody may trace"
-                if scope > 2
-                else "who has CAP_SYS_PTRACE may trace a process not its child"
-            )
-            + ("" if scope > 2 else "; run as root, or set it to 0")
+        who = (
+            "nobody may trace"
+            if scope > 2
+            else "only who has CAP_SYS_PTRACE may trace a process not its child; run as root, or set it to 0"
         )
+        raise NotTraceable(f"kernel.yama.ptrace_scope is {scope}: {who}")
     if not os.access(PROC / str(pid) / "mem", os.R_OK | os.W_OK):
         raise NotTraceable(f"process {pid} is not dumpable, so only CAP_SYS_PTRACE may trace it: run as root")
 

@@ -39,6 +39,11 @@ class Descriptors:
     vm: int
     vcpus: dict[int, int]
 
+    @property
+    def index_of(self) -> dict[int, int]:
+        """The index of each vCPU, by its descriptor."""
+        return {fd: index for index, fd in self.vcpus.items()}
+
 
 @dataclass(frozen=True)
 class VcpuThread:
@@ -95,17 +100,8 @@ def find(pid: int, known: Descriptors, ask: Callable[[int], int] | None) -> list
     :param ask: stops a thread and says which vCPU it was running, -1 for none; None: stop none
     """
     seen = _watched(pid, known)
-    index_of = {fd: index for index, fd in known.vcpus.items()}
-    for _ in range(_ASK_TIMES if ask is not None else 0):
-        for tid in _busy(pid, set(seen.values())):
-            if len(seen) == len(known.vcpus):
-                break
-            fd = ask(tid) if ask is not None else -1
-            if fd in index_of:
-                seen[index_of[fd]] = tid
-        if len(seen) == len(known.vcpus):
-            break
-        time.sleep(_LOOK_S)
+    if ask is not None:
+        _ask_busy(pid, known, seen, ask)
     taken = set(seen.values())
     named = {
         index: tid for index, tid in _named(pid, known).items() if index not in seen and tid not in taken
@@ -116,7 +112,7 @@ def find(pid: int, known: Descriptors, ask: Callable[[int], int] | None) -> list
 
 
 def _watched(pid: int, known: Descriptors) -> dict[int, int]:
-    index_of = {fd: index for index, fd in known.vcpus.items()}
+    index_of = known.index_of
     found: dict[int, int] = {}
     end = time.monotonic() + WATCH_S
     while len(found) < len(known.vcpus) and time.monotonic() < end:
@@ -126,6 +122,21 @@ def _watched(pid: int, known: Descriptors) -> dict[int, int]:
                 found[index_of[fd]] = tid
         time.sleep(_LOOK_S)
     return found
+
+
+def _ask_busy(pid: int, known: Descriptors, seen: dict[int, int], ask: Callable[[int], int]) -> None:
+    """Add to ``seen`` what threads say that run now and then, until all are known."""
+    index_of = known.index_of
+    for _ in range(_ASK_TIMES):
+        for tid in _busy(pid, set(seen.values())):
+            if len(seen) == len(known.vcpus):
+                return
+            fd = ask(tid)
+            if fd in index_of:
+                seen[index_of[fd]] = tid
+        if len(seen) == len(known.vcpus):
+            return
+        time.sleep(_LOOK_S)
 
 
 def _named(pid: int, known: Descriptors) -> dict[int, int]:
