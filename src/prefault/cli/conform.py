@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 from collections import Counter
@@ -113,7 +112,7 @@ class _Options(KernelOptions, ArchOptions):
     "--limit",
     type=click.FloatRange(min=1),
     help=f"Seconds that one scenario may take on the kernel; {in_lab.LIMIT_SECONDS:g}, more for a slow "
-    f"variant and {in_lab.X86_LIMIT_SECONDS:g} on x86, if not given.",
+    f"variant and {in_lab.NEEDS['x86_64'].limit:g} on x86, if not given.",
 )
 @output.json_option
 @click.argument("names", nargs=-1)
@@ -285,28 +284,19 @@ def _read(file: Path) -> VmmProgram:
 
 
 def _limit(options: _Options) -> float:
-    usual = in_lab.X86_LIMIT_SECONDS if arch_of(options).stock else in_lab.LIMIT_SECONDS
-    return options["limit"] or usual * variant_of(options).slow
+    return options["limit"] or in_lab.NEEDS[options["arch"]].limit * variant_of(options).slow
 
 
 def machine_options(options: _Options) -> MachineOptions:
     """The lab's machine that the options ask for."""
-    memory = options["memory"]
-    arch = arch_of(options)
+    memory, needs, variant = options["memory"], in_lab.NEEDS[options["arch"]], variant_of(options)
     return MachineOptions(
-        arch=arch,
-        memory_mib=memory >> 20
-        if memory
-        else in_lab.X86_MIB
-        if arch.stock
-        else variant_of(options).memory_mib,
+        arch=arch_of(options),
+        memory_mib=memory >> 20 if memory else max(variant.memory_mib, needs.memory_mib),
         mode=options["mode"],
         lpa2=options["lpa2"],
         mte=options["mte"],
-        append=(
-            *(in_lab.HUGE_PAGES_X86 if arch.stock else in_lab.HUGE_PAGES),
-            *variant_of(options).arguments,
-        ),
+        append=(*needs.huge_pages, *variant.arguments),
     )
 
 
@@ -355,7 +345,7 @@ def _json(run: _Run) -> dict[str, object]:
 
 def _comparison_json(one: Comparison, run: _Run) -> dict[str, object]:
     listed = SCENARIOS.get(one.name)
-    known = peers.known(run.options["arch"], dataclasses.replace(one, verdict=Verdict.DIFFERENT))
+    known = peers.known(run.options["arch"], one)
     facts: dict[str, object] = {
         "name": one.name,
         "requirements": listed.requirements if listed else (),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from prefault.conform.suite import Play, Suite
 from prefault.errors import JobTimeout, LabError, LabLost
+from prefault.lab.arch import ARM64, X86_64
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, JobSplat, run_job
 from prefault.lab.machine import MachineOptions
@@ -24,13 +25,28 @@ LIMIT_SECONDS = 60.0
 """What one scenario may take; the slowest takes 3 s."""
 _PROGRAMS = "/programs.json"
 _STARTING_SECONDS = 30
-X86_LIMIT_SECONDS = 20.0
-"""The same on x86, where one scenario is known to hang; the slowest other takes 4 s."""
-X86_MIB = 4096
-"""Memory of a machine that has a huge page of 1 GiB to spare; x86 has a hole below 4 GiB."""
-HUGE_PAGES_X86 = ("hugepages=4", "hugepagesz=1G", "hugepages=1")
 HUGE_PAGES = ("hugepages=4", "hugepagesz=32M", "hugepages=1", "hugepagesz=1G", "hugepages=1")
 """Kernel arguments that set pages of every size aside, as only a booting kernel can."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What playing on a kernel takes that its variant says nothing about.
+
+    :ivar memory_mib: of the machine, at least
+    """
+
+    limit: float = LIMIT_SECONDS
+    memory_mib: int = 0
+    huge_pages: tuple[str, ...] = HUGE_PAGES
+
+
+NEEDS = {
+    ARM64.name: Needs(),
+    # One scenario is known to hang; the slowest other takes 4 s. There is a hole below 4 GiB of memory, and a
+    # huge page of 1 GiB must have room beside it.
+    X86_64.name: Needs(20.0, 4096, ("hugepages=4", "hugepagesz=1G", "hugepages=1")),
+}
 
 
 @dataclass

@@ -80,8 +80,8 @@ def in_order(arch: str, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def known(arch: str, one: Comparison) -> Known | None:
-    """The entry that a comparison shows, if it shows a difference."""
-    if one.verdict not in (Verdict.DIFFERENT, Verdict.LOST):
+    """The entry that a comparison shows, if it shows a difference, told to be known or not yet."""
+    if one.verdict not in (Verdict.DIFFERENT, Verdict.LOST, Verdict.KNOWN):
         return None
     return next((entry for entry in KNOWN.get(arch, ()) if entry.explains(one)), None)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -74,7 +73,7 @@ def known(arch: str, comparisons: Iterable[Comparison]) -> list[str]:
     """What is known of a peer and was seen, each once, with the reason why ours is otherwise."""
     seen: dict[peers.Known, int] = {}
     for one in comparisons:
-        entry = peers.known(arch, dataclasses.replace(one, verdict=Verdict.DIFFERENT))
+        entry = peers.known(arch, one)
         if one.verdict is Verdict.KNOWN and entry is not None:
             seen[entry] = seen.get(entry, 0) + 1
     return [
