@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from prefault.errors import ProcessLost
+from prefault.inject import ptrace
 from prefault.inject.tracee import Call
 from tests.inject import children
 from tests.inject.children import GETPID, GETTIME, NANOSLEEP, pipe, python, tracee, wait_for_call
@@ -225,6 +226,25 @@ print("ready", thread.native_id, flush=True)
 thread.join()
 time.sleep(20)
 """
+
+
+def test_a_process_that_is_killed_while_a_thread_is_stopped_ends_for_its_parent_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if the tracer lives on: a thread that nobody takes note of would keep its process."""
+    get = ptrace.get_signal_mask
+    with children.running(sys.executable, "-c", THREAD, first_line=False) as child:
+
+        def killed_first(tid: int) -> int:
+            child.kill()
+            time.sleep(0.05)
+            return get(tid)
+
+        monkeypatch.setattr(ptrace, "get_signal_mask", killed_first)
+        tid = int(pipe(child.stdout).readline().split()[1])
+        with tracee(child.pid, tid) as one, pytest.raises(ProcessLost):
+            one.call(Call(GETPID, ()))
+        assert child.wait(5) == -signal.SIGKILL
 
 
 def test_a_thread_that_ends_is_told_and_its_process_lives() -> None:

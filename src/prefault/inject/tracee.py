@@ -159,6 +159,7 @@ class _Stop:
         self.tid = tid
         self.began = time.monotonic()
         self.stopped = False
+        self.traced = True
         self.changed = False
         """Whether its registers are not its own."""
 
@@ -166,6 +167,11 @@ class _Stop:
         """Let it go on in one way or another."""
         self.stopped = False
         resume(self.tid, signal_number)
+
+    def detach(self, signal_number: int = 0) -> None:
+        """Let it go for good."""
+        ptrace.detach(self.tid, signal_number)
+        self.stopped = self.traced = False
 
     def wait(self, *, limit_s: float = PATIENCE_S, wanted: Callable[[], bool] = lambda: False) -> int:
         """Wait for the next stop, and return the status; interrupt the thread after ``limit_s``, once.
@@ -260,11 +266,30 @@ def _seized(tid: int, options: int) -> Iterator[_Stop]:
 
 
 def _let_go(stop: _Stop) -> None:
-    with contextlib.suppress(ProcessLost, OSError):
+    if not stop.traced:
+        return
+    try:
         if not stop.stopped:
             ptrace.interrupt(stop.tid)
             stop.until_event()
-        ptrace.detach(stop.tid)
+        stop.detach()
+    except (ProcessLost, OSError):
+        _take_note_of_end(stop.tid)
+
+
+def _take_note_of_end(tid: int) -> None:
+    """Wait for the end of a thread that was killed while it was stopped.
+
+    Requests only say that it is gone. Until its tracer has waited for it, its process does not end for
+    anybody.
+    """
+    end = time.monotonic() + PATIENCE_S
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < end:
+            found, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
+            if found and not os.WIFSTOPPED(status):
+                return
+            time.sleep(_NAP_S)
 
 
 @contextlib.contextmanager
@@ -375,8 +400,7 @@ class _Injection:
             self._stop.until_event()
         finally:
             self._put_back(mask, vectors, address, held)
-        ptrace.detach(self._tid)
-        self._stop.stopped = False
+        self._stop.detach()
         return Answer(result, memory, time.monotonic() - self._stop.began, call_s)
 
     def _registers(self) -> dict[str, int]:
