@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -21,6 +23,8 @@ DATA = 0x1_0000_0000
 MIB = 1 << 20
 PIECE = MIB // 2
 SLICE_S = 0.1
+WAY_S = 90
+"""What takes so long hangs: it takes a tenth of that."""
 
 
 def start(mib: int, *words: str) -> subprocess.Popen[str]:
@@ -47,6 +51,14 @@ def finish(vmm: subprocess.Popen[str]) -> object:
     return told
 
 
+def rounds(vmm: subprocess.Popen[str]) -> list[int]:
+    """How many rounds each guest has done until now."""
+    pipe(vmm.stdin).write("rounds\n")
+    pipe(vmm.stdin).flush()
+    done: list[int] = json.loads(pipe(vmm.stdout).readline())
+    return done
+
+
 def tell(name: str, **facts: object) -> None:
     """A line for the test."""
     print(json.dumps({"name": name, **facts}), flush=True)
@@ -71,29 +83,59 @@ def whole(name: str, *words: str) -> None:
         found = process.find()
         plan = [(DATA + start, PIECE) for start in range(0, 32 * MIB, PIECE)]
         plan.insert(40, (DATA + 64 * MIB, 4 * MIB))
+        before = rounds(vmm)
         done = process.apply(found, plan, slice_s=SLICE_S)
+        during = [last - first for first, last in zip(before, rounds(vmm), strict=True)]
     threads = [[one.index, one.fd, one.certain] for one in found.threads]
-    tell(name, applied=facts(done), traced=traced(vmm.pid), vmm=finish(vmm), threads=threads)
+    tell(
+        name,
+        applied=facts(done),
+        traced=traced(vmm.pid),
+        during=during,
+        vmm=finish(vmm),
+        threads=threads,
+    )
 
 
-def nothing() -> None:
+class Soon:
+    """Something that happens while the call after the first runs, however slow the machine is."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self._do = do
+        self._timer = threading.Timer(0.05, self._happen)
+        self._begun = False
+        self.at = 0.0
+        """When it did."""
+
+    def on_bytes(self, _size: int) -> None:
+        """Told of each call's end."""
+        if not self._begun:
+            self._begun = True
+            self._timer.start()
+
+    def _happen(self) -> None:
+        self.at = time.monotonic()
+        self._do()
+
+
+def nothing(name: str) -> None:
     """The same guests without a plan."""
-    tell("nothing", vmm=finish(start(16)))
+    tell(name, vmm=finish(start(16)))
 
 
-def killed() -> None:
+def killed(name: str) -> None:
     """The VMM dies in the middle."""
     vmm = start(16)
     with Process(vmm.pid) as process:
         found = process.find()
-        threading.Timer(0.2, os.kill, (vmm.pid, signal.SIGKILL)).start()
+        death = Soon(lambda: os.kill(vmm.pid, signal.SIGKILL))
         try:
-            process.apply(found, [(DATA, 32 * MIB)] * 100, slice_s=0.002)
+            process.apply(found, [(DATA, 32 * MIB)] * 1000, slice_s=0.002, on_bytes=death.on_bytes)
             said = ""
         except ProcessLost as error:
             said = str(error)
     vmm.wait()
-    tell("killed", said=said)
+    tell(name, said=said)
 
 
 def interrupted(name: str, number: signal.Signals) -> None:
@@ -101,13 +143,13 @@ def interrupted(name: str, number: signal.Signals) -> None:
     vmm = start(16)
     with Process(vmm.pid) as process:
         found = process.find()
-        threading.Timer(0.3, signal.raise_signal, (number,)).start()
-        began = time.monotonic()
-        done = process.apply(found, [(DATA, 32 * MIB)] * 1000, slice_s=0.005)
-    tell(name, applied=facts(done), seconds=time.monotonic() - began, traced=traced(vmm.pid), vmm=finish(vmm))
+        end = Soon(lambda: signal.raise_signal(number))
+        done = process.apply(found, [(DATA, 32 * MIB)] * 1000, slice_s=0.005, on_bytes=end.on_bytes)
+        seconds = time.monotonic() - end.at
+    tell(name, applied=facts(done), seconds=seconds, traced=traced(vmm.pid), vmm=finish(vmm))
 
 
-def unsupported() -> None:
+def unsupported(name: str) -> None:
     """A kernel that cannot: the library asks first, and touches nothing."""
     vmm = start(1)
     with Process(vmm.pid) as process:
@@ -118,17 +160,25 @@ def unsupported() -> None:
             said = ""
         except CapabilityMissing as error:
             said = str(error)
-    tell("unsupported", said=said, vmm=finish(vmm))
+    tell(name, said=said, vmm=finish(vmm))
+
+
+WAYS: dict[str, Callable[[str], None]] = {
+    "whole": whole,
+    "nothing": nothing,
+    "kicked": lambda name: whole(name, "kick"),
+    "killed": killed,
+    "interrupted": lambda name: interrupted(name, signal.SIGINT),
+    "unsupported": unsupported,
+}
 
 
 def main() -> None:
-    """All of them."""
-    whole("whole")
-    nothing()
-    whole("kicked", "kick")
-    killed()
-    interrupted("interrupted", signal.SIGINT)
-    unsupported()
+    """All of them. One that hangs is ended with its name and where it stands."""
+    for name, way in WAYS.items():
+        print(f"{time.monotonic():.1f} s: {name}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback_later(WAY_S, exit=True)
+        way(name)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 """A VMM at work while a plan is applied to it: two vCPUs compute, and ask a device again and again.
 
 Between exits it sleeps a little, so that its threads are stopped in the guest, in the kernel and outside of
-it. It prints that it is ready, and at the first line of its input has its guests walk the plan's memory and
-says what they took: ``python3 busy_vmm.py MIB [kick]``. With ``kick`` its vCPUs get signals all the time.
+it. It prints that it is ready. For each line of its input it says how many rounds its guests have done; after
+``go`` it has them walk the plan's memory, and says what they took: ``python3 busy_vmm.py MIB [kick]``. With
+``kick`` its vCPUs get signals all the time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from prefault.guest import port
 from prefault.guest.program import DeviceRead, Expect, Marker, Program, Report, Step, Walk
 from prefault.kvm import open_kvm
-from prefault.machine import Interrupted, MemoryRegion, MmioExit, Resident, Vcpu, VcpuConfig, VmConfig
+from prefault.machine import Exit, Interrupted, MemoryRegion, MmioExit, Resident, Vcpu, VcpuConfig, VmConfig
 
 CODE = 0x4000_0000
 SMALL = 0x6000_0000
@@ -25,7 +26,8 @@ DATA = 0x1_0000_0000
 DEVICE = 0x0A00_0000
 VCPUS = 2
 MIB = 1 << 20
-ROUNDS = 3000
+ROUNDS = 100
+"""Of a program, which is run again and again."""
 SPIN = 16 << 10
 
 
@@ -34,19 +36,27 @@ def answer(index: int, round_: int) -> int:
     return 0xABCD_0000_0000_0000 | index << 32 | round_
 
 
-def steps(index: int, size: int) -> tuple[Step, ...]:
-    """Rounds of computing and asking, and then a walk of the plan's memory."""
+def work(index: int) -> tuple[Step, ...]:
+    """Rounds of computing and asking."""
     found: list[Step] = []
     for round_ in range(ROUNDS):
         found += [Walk(SMALL + index * MIB, SPIN, 8), DeviceRead(DEVICE), Expect(answer(index, round_))]
-    return (*found, Marker(1), Walk(DATA + index * size, size, 4096), Report())
+    return tuple(found)
+
+
+def walk(index: int, size: int) -> tuple[Step, ...]:
+    """A walk of the plan's memory."""
+    return (Marker(1), Walk(DATA + index * size, size, 4096), Report())
 
 
 class Worker:
     """A vCPU's thread."""
 
-    def __init__(self, vcpu: Vcpu, index: int, go: threading.Event) -> None:
+    def __init__(
+        self, vcpu: Vcpu, index: int, programs: tuple[Program, Program], go: threading.Event
+    ) -> None:
         self.vcpu, self.index, self.go = vcpu, index, go
+        self.work, self.walk = programs
         self.interrupted = self.rounds = self.signals = 0
         self.ended = ""
         self.values: list[int] = []
@@ -68,6 +78,17 @@ class Worker:
         self.at_marker.set()
 
     def _run(self) -> None:
+        ended: Exit = port.Done()
+        while ended == port.Done() and not self.go.is_set():
+            self.vcpu.load(self.work)
+            ended = self._run_program()
+        if ended == port.Done():
+            self.vcpu.load(self.walk)
+            ended = self._run_program()
+        self.ended = repr(ended)
+
+    def _run_program(self) -> Exit:
+        """Up to its end, or to what must not come."""
         while True:
             exit_ = port.proceed(self.vcpu)
             if isinstance(exit_, MmioExit) and not exit_.is_write:
@@ -80,16 +101,13 @@ class Worker:
             elif isinstance(exit_, port.Reported):
                 self.values.append(exit_.value)
             else:
-                self.ended = repr(exit_)
-                return
+                return exit_
 
     def _answer(self) -> None:
-        """Take the time that a device takes; stay at the last round but one until it is time."""
+        """Take the time that a device takes."""
         if self.rounds % 3 == 0:
             time.sleep(0.002)
-        if self.rounds == ROUNDS - 2:
-            self.go.wait()
-        self.vcpu.complete_mmio(answer(self.index, self.rounds))
+        self.vcpu.complete_mmio(answer(self.index, self.rounds % ROUNDS))
         self.rounds += 1
 
 
@@ -124,21 +142,24 @@ def main() -> None:
         vm.set_user_memory_region(MemoryRegion(2, DATA, VCPUS * size, resident=Resident.WRITE))
         go, workers = threading.Event(), []
         for index in range(VCPUS):
-            program = Program(steps(index, size), CODE + index * 2 * MIB)
-            assert vm.program_size(program) <= 2 * MIB
-            vm.install(program)
+            base = CODE + index * 2 * MIB
+            programs = Program(work(index), base), Program(walk(index, size), base + MIB)
+            for program in programs:
+                assert vm.program_size(program) <= MIB
+                vm.install(program)
             vcpu = vm.create_vcpu(VcpuConfig())
-            vcpu.load(program)
             for page in range(DATA + index * size, DATA + (index + 1) * size, 4096):
                 vm.write_memory(page, page.to_bytes(8, "little"))
-            workers.append(Worker(vcpu, index, go))
+            workers.append(Worker(vcpu, index, programs, go))
         for one in workers:
             one.thread.start()
         kicker = Kicker(workers if "kick" in sys.argv else [])
         kicker.start()
         print("ready", flush=True)
-        sys.stdin.readline()
-        during = [one.rounds for one in workers]
+        for line in sys.stdin:
+            if line == "go\n":
+                break
+            print(json.dumps([one.rounds for one in workers]), flush=True)
         kicker.end()
         go.set()
         for one in workers:
@@ -149,7 +170,6 @@ def main() -> None:
             for one in workers:
                 one.thread.join()
         told = {
-            "during": during,
             "rounds": [one.rounds for one in workers],
             "signals": [one.signals for one in workers],
             "interrupted": [one.interrupted for one in workers],
