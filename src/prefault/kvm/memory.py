@@ -91,6 +91,10 @@ class Memory:
         mapping.unmap(start, size)
         self._pieces = [part for piece in self._pieces for part in _without(piece, (start, start + size))]
 
+    def map_anew(self, offset: int, size: int) -> None:
+        """mmap(2) of private anonymous memory over what is mapped there."""
+        mapping.map_at(self.hva + offset, size, shared=False)
+
     def close(self) -> None:
         """Unmap, and close what was behind. Safe to call again."""
         while self._pieces:

@@ -162,6 +162,11 @@ class AnyVm(Descriptor):
         slot = self._slot_of(gpa, size)
         slot.memory.unmap(gpa - slot.region.gpa, size)
 
+    def map_anew(self, gpa: int, size: int) -> None:
+        """mmap(2) private anonymous memory over the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
+        slot = self._slot_of(gpa, size)
+        slot.memory.map_anew(gpa - slot.region.gpa, size)
+
     def hva_of(self, gpa: int) -> int:
         """Where the host has a byte of guest memory."""
         slot = self._slot_of(gpa, 1)

@@ -79,6 +79,33 @@ def guest_memfd_does_not_need_a_mapping_of_the_host(stage: Stage) -> None:
     stage.holds(stage.finish(vcpu) == [0x55], "the guest did not read what guest_memfd has")
 
 
+@scenario("M1")
+def guest_memfd_is_mapped_whatever_the_host_has_in_its_place(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES, Backing.GUEST_MEMFD))
+    vcpu = stage.vcpu(vm, Marker(0), Read(DATA), Report())
+    stage.proceed(vcpu)
+    vm.write_memory(DATA, (0x55).to_bytes(8, "little"))
+    vm.map_anew(DATA, PAGES * stage.page)
+    vm.write_memory(DATA, (0x77).to_bytes(8, "little"))
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.shown_leaves(vm)
+    stage.holds(stage.finish(vcpu) == [0x55], "the guest did not read what guest_memfd has")
+
+
+@scenarios("M12", cases=[(Backing.PRIVATE,), (Backing.SHARED,), (Backing.FILE_PRIVATE,)])
+def what_the_host_maps_in_place_of_memory_is_what_the_guest_has(stage: Stage, backing: Backing) -> None:
+    vm = stage.vm(stage.data(PAGES, backing))
+    vcpu = stage.vcpu(vm, Marker(0), Read(DATA), Report())
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    vm.map_anew(DATA, PAGES * stage.page)
+    stage.holds(stage.shown_leaves(vm) == [], "memory that the host has given up is still the guest's")
+    vm.write_memory(DATA, (0x77).to_bytes(8, "little"))
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.shown_leaves(vm)
+    stage.holds(stage.finish(vcpu) == [0x77], "the guest did not read what the host has there now")
+
+
 @scenarios("M1", "M6", cases=[(Backing.SHARED,), (Backing.FILE_SHARED,)])
 def the_host_keeps_what_the_guest_wrote_to_prefaulted_memory(stage: Stage, backing: Backing) -> None:
     vm = stage.vm(stage.data(PAGES, backing, resident=Resident.READ))

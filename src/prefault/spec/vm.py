@@ -198,6 +198,13 @@ class SpecVm:
         with LOCK:
             backing.unmap(self._host, self.hva_of(gpa, size), size)
 
+    def map_anew(self, gpa: int, size: int) -> None:
+        """mmap(2) private anonymous memory over the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
+        with LOCK:
+            hva = self.hva_of(gpa, size)
+            backing.unmap(self._host, hva, size)
+            self._host.mm.mmap(Vma(hva, hva + size, shared=False))
+
     def fork(self) -> SpecChild:
         """fork(2) of the VMM: it shares its private memory with the child, copied on write."""
         with LOCK:
