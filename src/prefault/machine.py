@@ -386,7 +386,7 @@ class Vm(Protocol):
         """munmap(2) the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
 
     def map_anew(self, gpa: int, size: int) -> None:
-        """mmap(2) private anonymous memory over the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
+        """mmap(2) private memory over the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
 
     def fork(self) -> Child:
         """fork(2) of the VMM: it shares its private memory with the child, copied on write."""

@@ -163,6 +163,11 @@ def test_what_a_peer_does_not_have_is_a_usage_error(lab: FakeLab, option: list[s
     assert lab.jobs == []
 
 
+def test_the_machine_has_the_cpu_that_was_asked_for(lab: FakeLab) -> None:
+    assert main(["conform", "--cpu", "cortex-a76", LAW]) == ExitCode.DONE
+    assert lab.options[0].cpu == "cortex-a76"
+
+
 def test_without_a_lab_the_status_is_77(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ FACTS = {
     "nested": True,
     "mmio_sign_extends": True,
     "access_flag_by_hardware": True,
+    "executable_at_once": True,
     "pre_fault_memory": 1,
     "vm_kinds": [{"name": "default", "creatable": True}, {"name": "protected", "creatable": False}],
     "hugetlb": {"65536": 0, "2097152": 4, "33554432": 0, "1073741824": 0},

@@ -137,6 +137,8 @@ def test_the_specification_is_given_the_kernels_host() -> None:
     assert on_spec.host_config({**facts, "mmio_sign_extends": False}).mmio_sign_extends is False
     assert config.hafdbs is True
     assert on_spec.host_config({**facts, "access_flag_by_hardware": False}).hafdbs is False
+    assert config.dic is True
+    assert on_spec.host_config({**facts, "executable_at_once": False}).dic is False
 
 
 def test_both_sides_without_nesting_agree_on_what_is_skipped(lab: FakeLab) -> None:

@@ -52,6 +52,12 @@ def test_every_listed_scenario_is_equal_or_skipped_on_both_sides(mode: str) -> N
     assert found["boots"] == 1
 
 
+def test_a_cpu_without_fwb_and_dic_is_no_other() -> None:
+    """Caches are cleaned then, and pages that were read are not executable yet."""
+    found = _played("--cpu", "cortex-a76", "prefaulting_maps_what*", "guest_reads_what*", "the_host_keeps*")
+    assert found["counts"]["equal"] == len(found["scenarios"]) > 20
+
+
 def test_with_nesting_only_what_needs_more_of_the_machine_is_skipped() -> None:
     found = _played("--mode", "nested")
     assert found["status"] == ExitCode.DONE

@@ -23,6 +23,7 @@ BARE = Facts(
     nested_e2h0=False,
     mmio_sign_extends=False,
     access_flag_by_hardware=False,
+    executable_at_once=False,
     vm_kinds=(),
     thp="",
     thp_size=0,

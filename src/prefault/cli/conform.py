@@ -21,6 +21,7 @@ from prefault.cli.kernels import (
     KernelOptions,
     arch_of,
     arch_option,
+    cpu_option,
     image_of,
     kernel_options,
     refuse_arm64_kernels,
@@ -65,6 +66,7 @@ class _Options(KernelOptions, ArchOptions):
     steps: int
     output_folder: Path
     mode: str
+    cpu: str
     lpa2: bool
     mte: bool
     memory: int | None
@@ -103,6 +105,7 @@ class _Options(KernelOptions, ArchOptions):
 )
 @kernel_options
 @arch_option
+@cpu_option
 @click.option("--lpa2", is_flag=True, help="52-bit addresses; nested VMs are slow then.")
 @click.option("--mte", is_flag=True, help="Memory tags; everything is slower then.")
 @click.option(
@@ -267,6 +270,7 @@ class _Run:
         words += [
             f"--{flag}" for flag, given in (("lpa2", options["lpa2"]), ("mte", options["mte"])) if given
         ]
+        words += ["--cpu", options["cpu"]] if options["cpu"] != "max" else []
         words += ["--memory", f"{options['memory'] >> 20}M"] if options["memory"] else []
         words += ["--limit", f"{options['limit']:g}"] if options["limit"] else []
         return shlex.join(words)
@@ -294,6 +298,7 @@ def machine_options(options: _Options) -> MachineOptions:
         arch=arch_of(options),
         memory_mib=memory >> 20 if memory else max(variant.memory_mib, needs.memory_mib),
         mode=options["mode"],
+        cpu=options["cpu"],
         lpa2=options["lpa2"],
         mte=options["mte"],
         append=(*needs.huge_pages, *variant.arguments),

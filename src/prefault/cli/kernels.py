@@ -57,6 +57,17 @@ def arch_option(command: _Command) -> _Command:
     )(command)
 
 
+def cpu_option(command: _Command) -> _Command:
+    """Give a command the option --cpu."""
+    return click.option(
+        "--cpu",
+        default="max",
+        show_default=True,
+        metavar="MODEL",
+        help="QEMU's model of the CPU: cortex-a76 has neither FWB nor DIC, neoverse-v1 has no nested guests.",
+    )(command)
+
+
 def arch_of(options: ArchOptions) -> Architecture:
     """The architecture that was chosen."""
     return ARCHITECTURES[options["arch"]]

@@ -21,6 +21,7 @@ from prefault.cli.kernels import (
     KernelOptions,
     arch_of,
     arch_option,
+    cpu_option,
     image_of,
     kernel_options,
     refuse_arm64_kernels,
@@ -62,6 +63,7 @@ class _MachineChoices(KernelOptions, ArchOptions):
     cpus: int
     mode: str
     icount: bool
+    cpu: str
     lpa2: bool
     mte: bool
     append: tuple[str, ...]
@@ -76,6 +78,7 @@ def _machine_options(command: _Command) -> _Command:
             "--mode", type=click.Choice(MODES), default="nested", show_default=True, help="KVM's mode."
         ),
         click.option("--icount", is_flag=True, help="Let the clock count instructions; one CPU."),
+        cpu_option,
         click.option("--lpa2", is_flag=True, help="52-bit addresses; closing nested VMs is slow then."),
         click.option("--mte", is_flag=True, help="Memory tagging."),
         click.option("--append", multiple=True, metavar="ARG", help="Extra kernel argument; repeatable."),
@@ -95,6 +98,7 @@ def _chosen_machine(choices: _MachineChoices) -> MachineOptions:
         cpus=choices["cpus"],
         mode=choices["mode"],
         icount=choices["icount"],
+        cpu=choices["cpu"],
         lpa2=choices["lpa2"],
         mte=choices["mte"],
         append=(*variant_of(choices).arguments, *choices["append"]),

@@ -19,11 +19,15 @@ _LPA = 48
 def host_config(facts: Mapping[str, object]) -> HostConfig:
     """The host that ``prefault.kvm.probe`` found, for the specification.
 
-    That it has DIC and FWB is taken for granted: the lab's CPU has.
+    That it has FWB is taken for granted: nothing that is compared depends on it.
     """
     page_size, ipa_limit = _number(facts["page_size"]), _number(facts["ipa_limit"])
+    dic = bool(facts["executable_at_once"])
     if not facts.get("guests", True):
-        ipa_limit = _LPA  # another architecture's host, which has no such limit: as ours usually has
+        ipa_limit, dic = (
+            _LPA,
+            True,
+        )  # another architecture's host, which has no such things: as ours usually is
     kinds, hugetlb = facts["vm_kinds"], facts["hugetlb"]
     assert isinstance(kinds, list)
     assert isinstance(hugetlb, dict)
@@ -34,6 +38,7 @@ def host_config(facts: Mapping[str, object]) -> HostConfig:
         page_size=page_size,
         ipa_limit=ipa_limit,
         lpa2=ipa_limit > _LPA and page_size != 0x1_0000,
+        dic=dic,
         nested=bool(facts["nested"]),
         protected=protected,
         pkvm_pre_faults=protected and can_pre_fault(facts),

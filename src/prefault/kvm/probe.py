@@ -14,7 +14,7 @@ from pathlib import Path
 from prefault.abi import constants
 from prefault.errors import KvmError, KvmMissing, PrefaultError
 from prefault.guest import port
-from prefault.guest.program import DeviceRead, Marker, Program, Read, Report, Step
+from prefault.guest.program import RET, DeviceRead, Execute, Marker, Program, Read, Report, Step
 from prefault.kvm import X86Kvm, hugepages, open_host, stage2, tracefs, tracing
 from prefault.kvm.descriptor import Descriptor
 from prefault.kvm.system import DEVICE, Kvm
@@ -70,6 +70,8 @@ class Facts:
     """Whether a guest's signed read of a device comes out sign-extended; on Linux 6.12 it does not."""
     access_flag_by_hardware: bool
     """Whether the processor sets the access flag of an old leaf by itself, without a fault of the guest."""
+    executable_at_once: bool
+    """Whether memory that a guest has read can be executed without another fault: with DIC it can."""
     vm_kinds: tuple[VmKind, ...]
     thp: str
     """``always``, ``madvise``, ``never``, or empty."""
@@ -113,6 +115,7 @@ def _host_facts() -> Facts:
         nested_e2h0=False,
         mmio_sign_extends=False,
         access_flag_by_hardware=False,
+        executable_at_once=False,
         vm_kinds=(),
         thp=hugepages.thp_mode(),
         thp_size=hugepages.pmd_size(),
@@ -140,6 +143,7 @@ def _kvm_facts(found: Facts, kvm: Kvm | X86Kvm) -> Facts:
         nested_e2h0=bool(arm64 and kvm.check_extension(constants.KVM_CAP_ARM_EL2_E2H0)),
         mmio_sign_extends=_mmio_sign_extends(kvm),
         access_flag_by_hardware=_access_flag_by_hardware(kvm),
+        executable_at_once=_executable_at_once(kvm),
         vm_kinds=tuple(_vm_kind(kvm, name, kind) for name, kind in kinds),
         stage2_tables=arm64 and _stage2_tables(kvm),
     )
@@ -196,6 +200,19 @@ def _access_flag_by_hardware(kvm: Kvm | X86Kvm) -> bool:
         with vm.count_faults() as counts:
             port.proceed(vcpu)
         return not counts.read
+    return False
+
+
+def _executable_at_once(kvm: Kvm | X86Kvm) -> bool:
+    """Have a guest read a page, and then execute it."""
+    data = _CODE + _CODE_SIZE // 2
+    with contextlib.suppress(PrefaultError), kvm.create_vm(VmConfig(gic=False)) as vm:
+        vcpu = _guest(vm, Read(data), Marker(1), Execute(data), Marker(2))
+        vm.write_memory(data, RET)
+        port.proceed(vcpu)
+        with vm.count_faults() as counts:
+            port.proceed(vcpu)
+        return not counts.execute
     return False
 
 

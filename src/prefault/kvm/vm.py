@@ -163,7 +163,7 @@ class AnyVm(Descriptor):
         slot.memory.unmap(gpa - slot.region.gpa, size)
 
     def map_anew(self, gpa: int, size: int) -> None:
-        """mmap(2) private anonymous memory over the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
+        """mmap(2) private memory over the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
         slot = self._slot_of(gpa, size)
         slot.memory.map_anew(gpa - slot.region.gpa, size)
 

@@ -199,7 +199,7 @@ class SpecVm:
             backing.unmap(self._host, self.hva_of(gpa, size), size)
 
     def map_anew(self, gpa: int, size: int) -> None:
-        """mmap(2) private anonymous memory over the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
+        """mmap(2) private memory over the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
         with LOCK:
             hva = self.hva_of(gpa, size)
             backing.unmap(self._host, hva, size)
