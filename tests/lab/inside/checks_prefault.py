@@ -5,18 +5,34 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
+import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from prefault.abi import constants
+from prefault.abi.structures import kvm_enable_cap
 from prefault.errors import KvmError
 from prefault.guest import port
-from prefault.guest.program import DeviceRead, Marker, Read, Report, Walk
+from prefault.guest.program import DeviceRead, Marker, Read, Report, Walk, Write
 from prefault.kvm import mapping
 from prefault.machine import Backing, Failed, MmioExit, PreFaultProgress, Resident, VcpuConfig
 from tests.lab.inside.checks import Checks, main
-from tests.lab.inside.guests import DATA, DEVICE, LOG, MIB, PAGE, READONLY, finish, make_vm, start, until_exit
+from tests.lab.inside.guests import (
+    DATA,
+    DEVICE,
+    LOG,
+    MIB,
+    PAGE,
+    READONLY,
+    data_region,
+    finish,
+    make_vm,
+    start,
+    until_exit,
+)
 
 checks = Checks()
 SIZE = 4 * MIB
@@ -58,6 +74,34 @@ def nothing_becomes_dirty() -> None:
         vm.create_vcpu().pre_fault_memory(DATA, SIZE)
         assert vm.get_dirty_log(1) == []
         assert not any(leaf.writable for leaf in vm.stage2())
+
+
+RING = 0x1_0000
+RING_OFFSET = 64 * PAGE
+"""KVM_DIRTY_LOG_PAGE_OFFSET of arm64, in the mapping of a vCPU."""
+
+
+def _ring(vcpu_fd: int) -> list[tuple[int, int]]:
+    """Slots and pages that a vCPU's dirty ring has: struct kvm_dirty_gfn, flags 1 for those that are new."""
+    with mmap.mmap(vcpu_fd, RING, offset=RING_OFFSET) as ring:
+        entries = struct.iter_unpack("<IIQ", ring[:])
+        return [(slot, offset) for flags, slot, offset in entries if flags & 1]
+
+
+@checks
+def a_dirty_ring_without_a_bitmap_has_what_the_guest_wrote_alone() -> None:
+    with make_vm(SIZE, Backing.SHARED, resident=Resident.WRITE) as vm:
+        arguments = (ctypes.c_uint64 * 4)(RING)
+        vm.ioctl("KVM_ENABLE_CAP", kvm_enable_cap(constants.KVM_CAP_DIRTY_LOG_RING_ACQ_REL, 0, arguments))
+        vm.set_user_memory_region(data_region(SIZE, Backing.SHARED, resident=Resident.WRITE, flags=LOG))
+        vcpu = start(vm, Marker(0), Write(DATA + 3 * PAGE, 1), Marker(1))
+        assert until_exit(vcpu) == port.AtMarker(0)
+        before = _ring(vcpu.fd)
+        vcpu.pre_fault_memory(DATA, SIZE)
+        assert _ring(vcpu.fd) == before
+        assert not any(leaf.writable for leaf in vm.stage2() if leaf.ipa >= DATA)
+        assert until_exit(vcpu) == port.AtMarker(1)
+        assert _ring(vcpu.fd) == [*before, (1, 3)]
 
 
 @checks
