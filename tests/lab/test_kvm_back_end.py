@@ -10,7 +10,14 @@ import pytest
 from prefault.lab.machine import MachineOptions
 from tests.lab.inside_job import Outcomes, judge, names, outcomes
 
-MODULES = ("checks_kvm", "checks_nested", "checks_prefault", "checks_walk")
+MODULES = {
+    "checks_kvm": "nested",
+    "checks_nested": "nested",
+    "checks_prefault": "nested",
+    "checks_walk": "nested",
+    "checks_pkvm": "protected",
+}
+"""And KVM's mode that each is about."""
 HUGE_PAGES = ("hugepagesz=32M", "hugepages=2", "hugepagesz=1G", "hugepages=1")
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
@@ -18,7 +25,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
 @functools.cache
 def _outcomes(module: str) -> Outcomes:
-    return outcomes(module, MachineOptions(memory_mib=3072, append=HUGE_PAGES))
+    return outcomes(module, MachineOptions(memory_mib=3072, mode=MODULES[module], append=HUGE_PAGES))
 
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module in MODULES for name in names(module)])
