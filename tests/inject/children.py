@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from prefault.inject.tracee import Memory, Tracee, find_instruction
+from prefault.inject.tracee import Memory, Tracee, find_end, find_instruction
 
 PROC = Path("/proc")
 GETPID, GETTIME, NANOSLEEP = 39, 228, 35  # of x86-64
@@ -51,7 +51,13 @@ def python(code: str) -> Iterator[subprocess.Popen[str]]:
 def tracee(pid: int, tid: int = 0, *, suspend_seccomp: bool = False) -> Iterator[Tracee]:
     """A thread to run system calls in; the only one of its process, if none is named."""
     with Memory(pid) as memory:
-        yield Tracee(memory, tid or pid, find_instruction(memory), suspend_seccomp=suspend_seccomp)
+        yield Tracee(
+            memory,
+            tid or pid,
+            find_instruction(memory),
+            end=find_end(memory),
+            suspend_seccomp=suspend_seccomp,
+        )
 
 
 def wait_for_call(pid: int, number: int) -> None:

@@ -41,7 +41,7 @@ def test_guests_take_no_fault_on_what_the_plan_has(ways: Mapping[str, Any]) -> N
     assert ways["whole"]["vmm"]["faults"] == 0
 
 
-@pytest.mark.parametrize("name", ["whole", "nothing", "kicked", "interrupted"])
+@pytest.mark.parametrize("name", ["whole", "nothing", "kicked", "interrupted", "killers"])
 def test_guests_compute_what_they_must(ways: Mapping[str, Any], name: str) -> None:
     assert_guests_are_well(ways[name]["vmm"])
     assert ways[name]["vmm"]["values"] == SUMS
@@ -93,6 +93,13 @@ def test_an_interrupted_run_lets_go_at_once_and_has_its_result(ways: Mapping[str
     assert one["applied"]["ended"] == "interrupted"
     assert 0 < one["applied"]["bytes"] < one["applied"]["size"]
     assert one["seconds"] < 5
+
+
+def test_guests_do_not_notice_that_who_applied_was_killed(ways: Mapping[str, Any]) -> None:
+    one = ways["killers"]
+    assert one["traced"] == []
+    assert one["applied"]["bytes"] == 2 * SIZE
+    assert one["vmm"]["faults"] == 0
 
 
 def test_a_kernel_that_cannot_is_told_before_anything_is_done(ways: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from prefault.lab.job import Job, JobFile, run_job
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
 INSIDE = Path(__file__).parent / "inside"
+KILLER = Path(__file__).parents[1] / "inject" / "killed_tracers.py"
 COMPILER = shutil.which("aarch64-linux-gnu-gcc") or "aarch64-linux-gnu-gcc"
 TIMED = ("nanosleep", "clock_nanosleep", "ppoll", "pselect", "futex")
 EXACT = ("nanosleep", "clock_nanosleep", "futex")
@@ -36,6 +37,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     subprocess.run([COMPILER, "-O1", "-static", "-o", program, INSIDE / "registers.c"], check=True)
     files = {
         "/inject.py": JobFile((INSIDE / "inject.py").read_bytes()),
+        "/killed_tracers.py": JobFile(KILLER.read_bytes()),
         "/registers": JobFile(program.read_bytes(), 0o755),
     }
     result = run_job(Job(("python3", "/inject.py"), files, timeout=200))
@@ -67,3 +69,14 @@ def test_registers_flags_and_vectors_are_as_they_were(told: Mapping[str, Any]) -
     assert told["registers"]["results"] == [0]
     assert bad == 0
     assert good > 100
+
+
+def test_a_thread_whose_tracers_are_killed_has_its_registers(told: Mapping[str, Any]) -> None:
+    good, bad, _ = told["killed registers"]["told"]
+    assert (told["killed registers"]["status"], bad) == (0, 0)
+    assert good > 100
+
+
+def test_a_wait_whose_tracers_are_killed_goes_on_and_no_signal_stays_blocked(told: Mapping[str, Any]) -> None:
+    assert told["killed wait"]["status"] == 0
+    assert told["killed wait"]["told"] == [5, [0], "abc\n"]

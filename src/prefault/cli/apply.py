@@ -63,7 +63,7 @@ def apply(*, plan: Path, pid: int, slice_ms: float, allow_seccomp: bool, dry_run
 
     Its vCPU threads are stopped one at a time, for a few milliseconds each (ptrace), run the ioctl
     KVM_PRE_FAULT_MEMORY, and go on as if nothing had been: registers, signals and system calls are as they
-    were. Ctrl-C lets go at once. Do not end this command with SIGKILL: a thread could be left in its midst.
+    were, whatever ends this command. Ctrl-C lets go at once.
 
     One's own VMM calls prefault.inject.apply.apply(), without ptrace (docs/apply.md).
     """

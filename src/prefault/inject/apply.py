@@ -32,7 +32,7 @@ from prefault.errors import (
     errno_name,
 )
 from prefault.inject import cpu, refusal, vcpus
-from prefault.inject.tracee import Answer, Busy, Call, Memory, Tracee, find_instruction
+from prefault.inject.tracee import Answer, Busy, Call, Memory, Tracee, find_end, find_instruction
 from prefault.kvm.prefault import HINTS
 from prefault.machine import PreFaultProgress
 
@@ -204,7 +204,7 @@ class Process:
         except OSError as error:
             raise NotTraceable(f"the memory of process {pid} may not be read and written") from error
         try:
-            self._instruction = find_instruction(self._memory)
+            self._instruction, self._end = find_instruction(self._memory), find_end(self._memory)
         except BaseException:
             self._memory.close()
             raise
@@ -284,7 +284,9 @@ class Process:
             ) from error
 
     def _tracee(self, tid: int) -> Tracee:
-        return Tracee(self._memory, tid, self._instruction, suspend_seccomp=self._suspend_seccomp)
+        return Tracee(
+            self._memory, tid, self._instruction, end=self._end, suspend_seccomp=self._suspend_seccomp
+        )
 
     def _ask(self, tid: int) -> int:
         with contextlib.suppress(ProcessLost, Busy):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from prefault.errors import Missing
 
-ERESTARTSYS, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 514, 516
+ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
 """The kernel's own: do the call again, unless a signal's handler runs (NOHAND), or go on with it."""
 
 
@@ -29,6 +29,8 @@ class Cpu:
     :ivar red_zone: bytes below the stack pointer that a function may use
     :ivar ioctl: the system call's number
     :ivar not_restarted: calls that fail with ERESTARTNOHAND
+    :ivar left_alone: calls that would do harm with another's arguments, which they have for a moment
+    :ivar ends: the code that ends a signal handler, as the C library or the vDSO has it: rt_sigreturn(2)
     """
 
     name: str
@@ -41,6 +43,8 @@ class Cpu:
     red_zone: int
     ioctl: int
     not_restarted: frozenset[int] = field(default=frozenset())
+    left_alone: frozenset[int] = field(default=frozenset())
+    ends: tuple[bytes, ...] = ()
 
     @property
     def size(self) -> int:
@@ -71,6 +75,7 @@ X86_64 = Cpu(
     b"\x0f\x05",
     128,
     16,
+    ends=(b"\x48\xc7\xc0\x0f\0\0\0\x0f\x05", b"\xb8\x0f\0\0\0\x0f\x05"),  # mov $15,%rax (%eax); syscall
 )
 
 ARM64 = Cpu(
@@ -84,6 +89,8 @@ ARM64 = Cpu(
     0,
     29,
     frozenset({72, 73, 133}),  # pselect6, ppoll, rt_sigsuspend
+    frozenset({57}),  # close: of the vCPU's descriptor
+    (b"\x68\x11\x80\xd2\x01\0\0\xd4",),  # mov x8, #139; svc #0
 )
 
 

@@ -23,9 +23,12 @@ SUSPEND_SECCOMP = 1 << 21
 """The thread's seccomp filters do not apply while it is traced; wants CAP_SYS_ADMIN."""
 
 NT_PRSTATUS = 1
+NT_PRFPREG = 2
+NT_X86_XSTATE = 0x202
 NT_ARM_SYSTEM_CALL = 0x404
 NT_ARM_SVE = 0x405
 NT_ARM_SSVE = 0x40B
+NT_ARM_GCS = 0x410
 
 SYSCALL_ENTRY, SYSCALL_EXIT = 1, 2
 EVENT_STOP = 128

@@ -9,7 +9,8 @@ makes it not notice:
 - a system call that the stop interrupted goes on: at the end the thread is taken to a stop from where the
   kernel itself decides on the restart, with the error number that makes it do so. KVM_RUN, which returns
   EINTR to whatever interrupts it, is given ERESTARTNOHAND: it goes on, unless a handler of the VMM runs;
-- it is not touched in a restartable sequence, or in SME's streaming mode: let go, and stopped again.
+- it is not touched in a restartable sequence, or in SME's streaming mode: let go, and stopped again;
+- if this process is killed meanwhile, a signal frame takes the thread back (``frame``).
 
 Failure modes: ``ProcessLost`` if the thread ends; ``OSError`` of PTRACE_SEIZE if it may not be traced;
 ``Busy`` if it cannot be stopped where a call would do no harm.
@@ -33,6 +34,7 @@ from typing import Self
 from prefault.abi import ioctls
 from prefault.errors import PrefaultError, ProcessLost
 from prefault.inject import cpu, ptrace
+from prefault.inject import frame as frames
 
 PROC = Path("/proc")
 
@@ -50,6 +52,11 @@ _SOON_S = 0.05
 _INT = (1 << 32) - 1
 _EPOLL_WAITS_X86 = {232, 281}
 _RESTART_SYSCALL = 128
+_AGAIN_X86 = {
+    -error for error in (cpu.ERESTARTSYS, cpu.ERESTARTNOINTR, cpu.ERESTARTNOHAND, cpu.ERESTART_RESTARTBLOCK)
+}
+_FRAME_ROOM = 5 << 10
+_FRAME_ALIGN = 64
 
 
 class Busy(PrefaultError):
@@ -96,12 +103,16 @@ class Tracee:
 
     :param memory: its process's
     :param instruction: address of a system call instruction in its process, from :func:`find_instruction`
+    :param end: address of the code that ends a signal handler, from :func:`find_end`; 0 for none
     :param suspend_seccomp: have seccomp filters not apply while the thread is stopped
     """
 
-    def __init__(self, memory: Memory, tid: int, instruction: int, *, suspend_seccomp: bool = False) -> None:
+    def __init__(
+        self, memory: Memory, tid: int, instruction: int, *, end: int = 0, suspend_seccomp: bool = False
+    ) -> None:
         self.tid = tid
         self.instruction = instruction
+        self.end = end
         self._options = ptrace.TRACESYSGOOD | (ptrace.SUSPEND_SECCOMP if suspend_seccomp else 0)
         self.memory = memory
 
@@ -126,7 +137,8 @@ class Tracee:
             with _seized(self.tid, self._options) as stop:
                 injection = _Injection(self, stop, kvm_run_fd)
                 if not injection.harmful():
-                    return injection.run(call, limit_s, wanted)
+                    with contextlib.suppress(_Disturbed):
+                        return injection.run(call, limit_s, wanted)
             time.sleep(0.001)
         raise Busy(f"thread {self.tid} is always in a sequence that must not be broken off")
 
@@ -150,6 +162,16 @@ class Tracee:
                     return registers[machine.arguments[0]]
                 stop.next_system_call(_SOON_S)  # its end
         return -1
+
+
+class _Disturbed(Exception):
+    """A thread is about to take a signal, or to make a system call that must not be exchanged.
+
+    :ivar number: of the signal; 0 for none
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 class _Stop:
@@ -227,16 +249,19 @@ class _Stop:
     def until_system_call(
         self, which: int, *, limit_s: float = PATIENCE_S, wanted: Callable[[], bool] = lambda: False
     ) -> None:
-        """Go on until the thread enters or leaves a system call."""
-        number = 0
+        """Go on until the thread enters or leaves a system call.
+
+        :raises _Disturbed: a signal that it has not blocked came before that
+        """
         while True:
-            self.go(ptrace.to_system_call, number)
+            self.go(ptrace.to_system_call)
             status = self.wait(limit_s=limit_s, wanted=wanted)
             if os.WSTOPSIG(status) == signal.SIGTRAP | 0x80:
                 if ptrace.system_call_stop(self.tid) == which:
                     return
                 raise PrefaultError(f"thread {self.tid} is not where it must be in the injected system call")
-            number = 0 if status >> 16 == ptrace.EVENT_STOP else os.WSTOPSIG(status)
+            if status >> 16 != ptrace.EVENT_STOP:
+                raise _Disturbed(os.WSTOPSIG(status))
 
     def next_system_call(self, limit_s: float) -> bool:
         """Go on to the next system call stop; False if there is none soon."""
@@ -319,6 +344,14 @@ def _ends(tid: int) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """A signal frame, and where it is to be."""
+
+    address: int
+    data: bytes
+
+
 class _Injection:
     """A stopped thread, and all that must be put back."""
 
@@ -331,7 +364,11 @@ class _Injection:
         self._saved = self._cpu.unpack(ptrace.get_registers(self._tid))
         self._final = self._saved
         self._instruction = tracee.instruction
+        self._end = tracee.end
+        self._mask = 0
         self._kvm_run_fd = self._find_kvm_run(kvm_run_fd)
+        self._net: dict[str, int] = {}
+        """Registers by which the thread, left alone, ends up where it was."""
 
     def go_on(self) -> int:
         """Have an interrupted KVM_RUN of x86 go on when the thread is let go; its descriptor."""
@@ -378,14 +415,20 @@ class _Injection:
         return first >> 12 == last >> 12 or self._memory.are_of_one_mapping(first, last)
 
     def run(self, call: Call, limit_s: float, wanted: Callable[[], bool]) -> Answer:
-        """Run the system call, and leave the thread stopped as it was found."""
-        mask = ptrace.get_signal_mask(self._tid)
+        """Run the system call, and let the thread go.
+
+        :raises _Disturbed: it was let go before that
+        """
+        mask = self._mask = ptrace.get_signal_mask(self._tid)
         vectors = self._vectors(ptrace.NT_ARM_SVE) if self._arm else b""
+        frame = self._spread_net(mask, vectors)
         address = self._room
-        held = self._memory.read(address, len(call.memory))
+        lowest = frame.address if frame else address
+        held = self._memory.read(lowest, address + len(call.memory) - lowest)
         try:
-            ptrace.set_signal_mask(self._tid, _ALL_SIGNALS)
             self._memory.write(address, call.memory)
+            if frame:
+                self._memory.write(frame.address, frame.data)
             began = time.monotonic()
             enter = self._enter_arm if self._arm else self._enter_x86
             leave = enter(call, address)
@@ -393,15 +436,65 @@ class _Injection:
             result = cpu.signed(self._registers()[self._cpu.result])
             call_s = time.monotonic() - began
             memory = self._memory.read(address, len(call.memory))
+            self._put_back_vectors(vectors)
             leave()
-            self._memory.write(address, held)
+            self._memory.write(lowest, held)
             ptrace.interrupt(self._tid)
             self._stop.go(ptrace.cont)
             self._stop.until_event()
+        except _Disturbed as signal_came:
+            self._put_back(mask, vectors, lowest, held)
+            self._stop.detach(signal_came.number)
+            raise
         finally:
-            self._put_back(mask, vectors, address, held)
+            if self._stop.traced:
+                self._put_back(mask, vectors, lowest, held)
         self._stop.detach()
         return Answer(result, memory, time.monotonic() - self._stop.began, call_s)
+
+    def _spread_net(self, mask: int, vectors: bytes) -> _Frame | None:
+        """A signal frame below the argument, and ``_net`` such that the thread would end at it."""
+        if not self._end or self._has_shadow_stack():
+            return None
+        address = (self._room - _FRAME_ROOM) // _FRAME_ALIGN * _FRAME_ALIGN
+        if not self._memory.are_of_one_mapping(address, self._saved["sp"] - 1):
+            return None
+        if self._arm:
+            plain = ptrace.get_registers(self._tid, ptrace.NT_PRFPREG)
+            data = frames.arm64(self._resumed(), mask, plain, vectors)
+        else:
+            state = ptrace.get_registers(self._tid, ptrace.NT_X86_XSTATE)
+            if not frames.fits_x86_64(state):
+                return None
+            data = frames.x86_64(self._resumed(), mask, state, address)
+        self._net = {"pc": self._end, "sp": address if self._arm else address + 8}
+        return _Frame(address, data)
+
+    def _has_shadow_stack(self) -> bool:
+        """Whether return addresses are kept twice: then a signal frame needs a mark there, too."""
+        if self._arm:
+            with contextlib.suppress(OSError):
+                return any(ptrace.get_registers(self._tid, ptrace.NT_ARM_GCS)[:8])
+            return False
+        with contextlib.suppress(OSError):
+            return "shstk" in (PROC / str(self._tid) / "status").read_text()
+        return False
+
+    def _resumed(self) -> dict[str, int]:
+        """The registers with which the thread goes on by itself.
+
+        An interrupted system call is repeated. If it had been interrupted before, it may end with EINTR, for
+        the end of a handler makes the kernel forget how to go on with a wait.
+        """
+        saved = self._saved
+        if self._arm:
+            going_on = {"pc": saved["pc"] - 4, "x0": self._kvm_run_fd} if self._kvm_run_fd >= 0 else {}
+            return {**saved, **going_on}
+        if cpu.signed(saved["orig_rax"]) < 0:
+            return saved
+        if cpu.signed(saved["rax"]) not in _AGAIN_X86 and not self._interrupted_x86():
+            return saved
+        return {**saved, "pc": saved["pc"] - 2, "rax": saved["orig_rax"]}
 
     def _registers(self) -> dict[str, int]:
         return self._cpu.unpack(ptrace.get_registers(self._tid))
@@ -420,14 +513,22 @@ class _Injection:
 
         :returns: what to do at its exit
         """
-        start = {**self._saved, "pc": self._instruction, "rax": call.number, "orig_rax": -1}
+        own = {"pc": self._instruction, "rax": call.number, "orig_rax": -1}
         self._stop.changed = True
-        self._set(self._with_arguments(start, call, address))
+        self._set({**self._with_arguments({**self._saved, **own}, call, address), **self._net})
+        ptrace.set_signal_mask(self._tid, _ALL_SIGNALS)
         self._stop.until_system_call(ptrace.SYSCALL_ENTRY)
+        if self._net:  # it is about to end a handler
+            there = {**self._registers(), "orig_rax": call.number}
+            self._set({**self._with_arguments(there, call, address), **self._net})
         self._final = dict(self._saved)
         if self._interrupted_x86():
             self._final["rax"] = -cpu.ERESTARTNOHAND
-        return lambda: self._set(self._final)
+        return self._leave_x86
+
+    def _leave_x86(self) -> None:
+        self._unblock()
+        self._set(self._final)
 
     def _interrupted_x86(self) -> bool:
         """Whether the stop has made a system call fail that can as well go on."""
@@ -446,32 +547,62 @@ class _Injection:
         """
         saved = self._final = dict(self._saved)
         restart = 0
-        start = {**saved, "pc": self._instruction, "pstate": saved["pstate"] & ~_BTYPE}
+        start = {**saved, "pc": self._instruction, "pstate": saved["pstate"] & ~_BTYPE, **self._net}
         if self._is_call(saved["pc"]):
             start = saved
             restart = cpu.ERESTARTSYS
         elif self._kvm_run_fd >= 0:
-            self._final = start = {**saved, "pc": saved["pc"] - 4, "x0": self._kvm_run_fd}
+            self._final = {**saved, "pc": saved["pc"] - 4, "x0": self._kvm_run_fd}
+            start = {**self._final, "pstate": start["pstate"], **self._net}
             restart = cpu.ERESTARTNOHAND
-        self._stop.changed = True
-        self._set(start)
+        unchanged = start is saved
+        if not (unchanged and self._net):
+            self._stop.changed = True
+            self._set(start)
+            ptrace.set_signal_mask(self._tid, _ALL_SIGNALS)
         self._stop.until_system_call(ptrace.SYSCALL_ENTRY)
         number = self._number()
+        if number in self._cpu.left_alone:
+            raise _Disturbed(0)
         if restart == cpu.ERESTARTSYS and number == _RESTART_SYSCALL:
             restart = cpu.ERESTART_RESTARTBLOCK
         elif number in self._cpu.not_restarted:
             restart = cpu.ERESTARTNOHAND
-        self._set(self._with_arguments(self._registers(), call, address))
+        self._stop.changed = True
+        self._set({**self._with_arguments(self._registers(), call, address), **self._net})
         self._set_number(call.number)
-        return lambda: self._leave_arm(start["pc"], number, restart)
+        if unchanged:
+            ptrace.set_signal_mask(self._tid, _ALL_SIGNALS)
+        return lambda: self._leave_arm(call, number, restart)
 
-    def _leave_arm(self, pc: int, number: int, restart: int) -> None:
+    def _leave_arm(self, call: Call, number: int, restart: int) -> None:
+        """Leave the exchanged system call, such that the kernel restarts the one that it stands for."""
+        if restart and self._net and call.arguments[:1] != (self._final["x0"],):
+            self._enter_again()
+        self._unblock()
         if not restart:
             self._set(self._final)
             self._set_number(-1)
             return
-        self._set({**self._final, "pc": pc + 4, "x0": -restart})
+        self._set({**self._final, "pc": self._final["pc"] + 4, "x0": -restart})
         self._set_number(number)
+
+    def _enter_again(self) -> None:
+        """Go through a system call that does nothing, with the first argument of the interrupted one.
+
+        What it began with is what the kernel restarts it with (orig_x0): the exchanged call's, until that is
+        put right, for which this process may not live.
+        """
+        self._set({**self._registers(), **self._net, "x0": self._final["x0"]})
+        self._stop.until_system_call(ptrace.SYSCALL_ENTRY)
+        self._set({**self._registers(), **self._net})
+        self._set_number(-1)
+        self._stop.until_system_call(ptrace.SYSCALL_EXIT)
+
+    def _unblock(self) -> None:
+        """The thread's own signal mask again. The stop that follows comes before any signal is delivered."""
+        if self._net:
+            ptrace.set_signal_mask(self._tid, self._mask)
 
     def _find_kvm_run(self, known: int) -> int:
         """The vCPU whose KVM_RUN the stop has made fail with EINTR; -1 if there is none, or it is not known.
@@ -510,11 +641,14 @@ class _Injection:
             self._stop.until_event()
         if self._stop.changed:
             self._set(self._final)
-        if vectors:
-            ptrace.set_registers(self._tid, vectors, ptrace.NT_ARM_SVE)
+        self._put_back_vectors(vectors)
         self._memory.write(address, held)
         ptrace.set_signal_mask(self._tid, mask)
         self._stop.changed = False
+
+    def _put_back_vectors(self, vectors: bytes) -> None:
+        if vectors:
+            ptrace.set_registers(self._tid, vectors, ptrace.NT_ARM_SVE)
 
 
 class Memory:
@@ -588,15 +722,26 @@ def find_instruction(memory: Memory) -> int:
 
     :raises PrefaultError: there is none
     """
-    instruction = cpu.host().instruction
-    step = len(instruction) if len(instruction) == 4 else 1
+    found = _find(memory, cpu.host().instruction)
+    if not found:
+        raise PrefaultError(f"process {memory.pid} has no system call instruction that it may execute")
+    return found
+
+
+def find_end(memory: Memory) -> int:
+    """Address of the code that ends a signal handler, in what a process may execute; 0 if there is none."""
+    return next(filter(None, (_find(memory, code) for code in cpu.host().ends)), 0)
+
+
+def _find(memory: Memory, code: bytes) -> int:
+    step = 1 if cpu.host() is cpu.X86_64 else 4
     places = [one for one in mappings(memory.pid) if "x" in one.access and one.name != "[vsyscall]"]
     for place in sorted(places, key=lambda one: one.name != "[vdso]"):
         for start in range(place.start, place.end, _PIECE):
-            piece = memory.read(start, min(_PIECE, place.end - start))
-            index = piece.find(instruction)
+            piece = memory.read(start, min(_PIECE + len(code), place.end - start))
+            index = piece.find(code)
             while index >= 0 and index % step:
-                index = piece.find(instruction, index + 1)
+                index = piece.find(code, index + 1)
             if index >= 0:
                 return start + index
-    raise PrefaultError(f"process {memory.pid} has no system call instruction that it may execute")
+    return 0

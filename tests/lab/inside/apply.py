@@ -6,6 +6,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ PIECE = MIB // 2
 SLICE_S = 0.1
 WAY_S = 90
 """What takes so long hangs: it takes a tenth of that."""
+KILLED = 20
 
 
 def start(mib: int, *words: str) -> subprocess.Popen[str]:
@@ -149,6 +151,24 @@ def interrupted(name: str, number: signal.Signals) -> None:
     tell(name, applied=facts(done), seconds=seconds, traced=traced(vmm.pid), vmm=finish(vmm))
 
 
+def killers(name: str) -> None:
+    """Who applies is killed in the middle, again and again."""
+    vmm = start(16)
+    chances = random.Random(16)
+    with Process(vmm.pid) as process:
+        found = process.find()
+        for _ in range(KILLED):
+            child = os.fork()
+            if not child:
+                process.apply(found, [(DATA, 32 * MIB)] * 1000, slice_s=0.02)
+                os._exit(0)
+            time.sleep(0.05 + chances.uniform(0, 0.2))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        done = process.apply(found, [(DATA, 32 * MIB)], slice_s=SLICE_S)
+    tell(name, applied=facts(done), traced=traced(vmm.pid), vmm=finish(vmm))
+
+
 def unsupported(name: str) -> None:
     """A kernel that cannot: the library asks first, and touches nothing."""
     vmm = start(1)
@@ -169,6 +189,7 @@ WAYS: dict[str, Callable[[str], None]] = {
     "kicked": lambda name: whole(name, "kick"),
     "killed": killed,
     "interrupted": lambda name: interrupted(name, signal.SIGINT),
+    "killers": killers,
     "unsupported": unsupported,
 }
 

@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import IO
 
-from prefault.inject.tracee import Answer, Call, Memory, Tracee, find_instruction
+from prefault.inject.tracee import Answer, Call, Memory, Tracee, find_end, find_instruction
 
 GETPID, GETTIME, NANOSLEEP = 172, 113, 101
 STOPS = 15
+KILLED = 30
 
 HEAD = """
 import ctypes, json, os, signal, sys, time
@@ -47,6 +48,9 @@ time.sleep(0.3)
 blocked = [int(l.split()[1], 16) for l in open("/proc/self/status") if l.startswith("SigBlk")]
 print(json.dumps([count, blocked]), flush=True)
 """
+READ_AND_COUNT = COUNT.replace("ready()\n", "ready(); text = sys.stdin.readline()\n").replace(
+    "[count, blocked]", "[count, blocked, text]"
+)
 WAITS = {
     "nanosleep": (101, "libc.syscall(101, half, None)"),
     "clock_nanosleep": (115, "libc.syscall(115, 1, 0, half, None)"),
@@ -77,7 +81,8 @@ class Child:
         assert pipe(self._child.stdout).readline() == "ready\n"
         self.pid = self._child.pid
         self._memory = Memory(self.pid)
-        self._tracee = Tracee(self._memory, self.pid, find_instruction(self._memory))
+        instruction, end = find_instruction(self._memory), find_end(self._memory)
+        self._tracee = Tracee(self._memory, self.pid, instruction, end=end)
 
     def call(self, number: int, *arguments: int, memory: bytes = b"", pointer: int = 0) -> Answer:
         """One in its only thread."""
@@ -136,12 +141,39 @@ def registers() -> None:
     tell("registers", results=sorted(results), told=[int(one) for one in child.said().split()])
 
 
+def kill_tracers(pid: int) -> int:
+    """Have tracers of a process killed in the middle of calls; 0, or 3 if that has ended."""
+    argv = (sys.executable, "/killed_tracers.py", str(pid), str(KILLED))
+    return subprocess.run(argv, check=False).returncode
+
+
+def killed_registers() -> None:
+    """All registers, when tracers are killed."""
+    child = Child("/registers")
+    status = kill_tracers(child.pid)
+    child.signal(signal.SIGTERM)
+    tell("killed registers", status=status, told=[int(one) for one in child.said().split()])
+
+
+def killed_wait() -> None:
+    """A wait, when tracers are killed, and signals after that."""
+    child = Child(sys.executable, "-S", "-c", HEAD + READ_AND_COUNT)
+    status = kill_tracers(child.pid)
+    child.type("abc\n")
+    for _ in range(5):
+        time.sleep(0.1)
+        child.signal(signal.SIGUSR1)
+    tell("killed wait", status=status, told=json.loads(child.said()))
+
+
 def main() -> None:
     """All of them."""
     for name, (number, call) in WAITS.items():
         wait(name, number, call)
     signals()
     registers()
+    killed_registers()
+    killed_wait()
 
 
 if __name__ == "__main__":
