@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,11 +129,12 @@ def test_holes_are_reported_and_other_failures_are_errors(
     assert f"not done: 0x4000+0x1000, {error}: why" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_shows_what_was_done(
-    plan: str, vmm: Vmm, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_run_shows_what_was_done_and_ends_as_shells_expect_it(
+    number: signal.Signals, plan: str, vmm: Vmm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    vmm.done.ended = "interrupted"
-    assert main(["apply", plan, "--pid", "4711"]) == 130
+    vmm.done.ended, vmm.done.signal = "interrupted", number
+    assert main(["apply", plan, "--pid", "4711"]) == 128 + number
     shown = capsys.readouterr()
     assert "pre-faulted" in shown.out
     assert "interrupted; all vCPUs were let go" in shown.err

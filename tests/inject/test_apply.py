@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from prefault.abi import ioctls
 from prefault.abi.constants import EHWPOISON
 from prefault.errors import CapabilityMissing, PrefaultError, ProcessLost, UsageError
+from prefault.inject import vcpus
 from prefault.inject.apply import Found, Process, apply, stop_signals
 from prefault.inject.tracee import Answer, Call
-from prefault.inject.vcpus import VcpuThread
+from prefault.inject.vcpus import Descriptors, VcpuThread
 from prefault.machine import PreFaultProgress
 
 PAGE = mmap.PAGESIZE
@@ -204,4 +205,39 @@ def test_a_signal_waits_until_all_is_put_back(number: signal.Signals) -> None:
         signal.raise_signal(number)
         signal.raise_signal(signal.SIGTSTP)
         assert stop.is_set()
+        assert stop.number == number
     assert signal.getsignal(number) is before
+
+
+def test_the_signal_that_ended_it_is_told() -> None:
+    process = Slow()
+    found = Found(1, 3, (VcpuThread(0, 4, 1, certain=True),))
+    done = process.apply(
+        found, [(BASE, 1 << 30)], slice_s=0.001, on_bytes=lambda _: signal.raise_signal(signal.SIGTERM)
+    )
+    assert (done.ended, done.signal) == ("interrupted", signal.SIGTERM)
+    assert 0 < done.bytes < done.size
+
+
+def test_a_signal_while_vcpus_are_looked_for_goes_on_to_whom_it_would_have_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Reached(Exception):
+        pass
+
+    def handler(*_: object) -> None:
+        raise Reached
+
+    def find(*_: object) -> list[VcpuThread]:
+        signal.raise_signal(signal.SIGTERM)
+        return [VcpuThread(0, 4, 1, certain=True)]
+
+    monkeypatch.setattr(vcpus, "find", find)
+    process = Slow()
+    monkeypatch.setattr(process, "_known", Descriptors(3, {0: 4}), raising=False)
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(Reached):
+            process.find()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -65,3 +65,13 @@ def test_names_count_where_nothing_runs_and_each_is_of_one_thread(proc: Path) ->
     thread(proc, 14, "202 0x0 0x0", name="vcpu2")
     found = vcpus.find(PID, Descriptors(3, {0: 5, 1: 6, 2: 7}), None)
     assert found == [VcpuThread(0, 5, 11, certain=False), VcpuThread(1, 6, 12, certain=False)]
+
+
+@pytest.mark.parametrize(
+    "name", ["CPU 3/KVM", "fc_vcpu 3", "vcpu3", "crosvm_vcpu3", "kvm-vcpu-3"], ids=lambda one: one
+)
+def test_thread_names_of_vmms_are_known(proc: Path, name: str) -> None:
+    """QEMU's, Firecracker's, Cloud Hypervisor's, crosvm's and kvmtool's."""
+    thread(proc, 11, "202 0x0 0x0", name=name)
+    found = vcpus.find(PID, Descriptors(3, {3: 8, 13: 9}), None)
+    assert found == [VcpuThread(3, 8, 11, certain=False)]

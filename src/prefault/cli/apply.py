@@ -34,7 +34,7 @@ Examples:
 \b
 Exit codes: 0 done (holes are passed over, and reported), 2 usage, no plan, or a process without a VM,
 3 some memory could not be pre-faulted, or the VMM ended, 77 no right to trace, or no KVM_PRE_FAULT_MEMORY,
-130 interrupted (what was done stays)."""
+130 Ctrl-C, 143 SIGTERM (what was done stays)."""
 
 _SHOWN_FAILURES = 10
 
@@ -79,7 +79,7 @@ def apply(*, plan: Path, pid: int, slice_ms: float, allow_seccomp: bool, dry_run
     _print(pid, done)
     if done.ended == "interrupted":
         click.echo("prefault: interrupted; all vCPUs were let go", err=True)
-        click.get_current_context().exit(INTERRUPTED)
+        click.get_current_context().exit(128 + done.signal if done.signal else INTERRUPTED)
     if any(one.error != "ENOENT" for one in done.failed):
         click.get_current_context().exit(ExitCode.OPERATING_ERROR)
 

@@ -101,6 +101,7 @@ class Applied:
     :ivar size: of the plan
     :ivar calls: of the ioctl
     :ivar ended: ``done``, or ``interrupted``: then the rest was left
+    :ivar signal: number of the signal that interrupted it; 0 if there was none
     """
 
     size: int
@@ -108,6 +109,7 @@ class Applied:
     calls: int = 0
     seconds: float = 0.0
     ended: str = "done"
+    signal: int = 0
     failed: list[FailedRange] = field(default_factory=list)
     vcpus: list[VcpuShare] = field(default_factory=list)
 
@@ -218,7 +220,7 @@ class Process:
         with stop_signals() as ended:
             threads = tuple(vcpus.find(self.pid, self._known, self._ask if stop else None))
         if ended.is_set():
-            raise KeyboardInterrupt
+            signal.raise_signal(ended.number)  # for whom it would have reached otherwise
         unknown = tuple(sorted(set(self._known.vcpus) - {one.index for one in threads}))
         if stop and not threads:
             raise UsageError(
@@ -256,9 +258,11 @@ class Process:
             ports = {one.index: _Foreign(self, one, slice_s, stop.is_set) for one in found.threads}
             loop = _Loop(ports, slice_s, on_bytes, stop.is_set, rests=True)
             try:
-                return loop.run(list(ranges))
+                done = loop.run(list(ranges))
             except ProcessLost as error:
                 raise ProcessLost(f"the VMM, process {self.pid}, runs no vCPU any more: {error}") from error
+            done.signal = stop.number if done.ended == "interrupted" else 0
+            return done
 
     def call(
         self,
@@ -468,21 +472,35 @@ def _add(share: VcpuShare, gone: int, step: _Step) -> None:
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
+class Stop:
+    """Whether a signal has come that would have ended this process.
+
+    :ivar number: of the first; 0 if there was none
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        """One has come."""
+        self.number = self.number or number
+
+    def is_set(self) -> bool:
+        """Whether one has come."""
+        return bool(self.number)
+
+
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
+def stop_signals() -> Iterator[Stop]:
     """A block in which signals that would end this process wait until threads are put back.
 
     Ctrl-Z is ignored: it would leave a vCPU stopped. In another than the main thread, nothing is changed.
     """
-    stop = threading.Event()
-
-    def note(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, note) for number in _ENDING}
+    before = {number: signal.signal(number, stop.note) for number in _ENDING}
     before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
     try:
         yield stop
