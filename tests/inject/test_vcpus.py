@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,21 @@ def test_thread_names_of_vmms_are_known(proc: Path, name: str) -> None:
     thread(proc, 11, "202 0x0 0x0", name=name)
     found = vcpus.find(PID, Descriptors(3, {3: 8, 13: 9}), None)
     assert found == [VcpuThread(3, 8, 11, certain=False)]
+
+
+def test_a_thread_that_seldom_works_is_found(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = itertools.count()
+    monkeypatch.setattr(vcpus, "_busy", lambda *_: [11] if next(looks) == 60 else [])
+    assert vcpus.find(PID, Descriptors(3, {0: 5}), lambda _: 5) == [VcpuThread(0, 5, 11, certain=True)]
+
+
+def test_a_thread_that_runs_no_vcpu_is_not_stopped_for_ever(proc: Path) -> None:
+    thread(proc, 11, "running")
+    asked: list[int] = []
+
+    def ask(tid: int) -> int:
+        asked.append(tid)
+        return -1
+
+    assert vcpus.find(PID, Descriptors(3, {0: 5}), ask) == []
+    assert len(asked) == 20

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,11 @@ PROC = Path("/proc")
 WATCH_S = 0.25
 _LOOK_S = 0.002
 _ASK_TIMES = 20
+"""How often one thread is stopped to be asked."""
+_QUIET_LOOKS = 100
+"""After so many in a row that see nobody at work, the guest is paused."""
+_LOOKS = 2000
+"""In all: of a process in which something else is always at work."""
 _USER_WORKER = 0x4000 | 0x10
 """PF_USER_WORKER and PF_IO_WORKER (include/linux/sched.h): the kernel's own threads in a process.
 
@@ -133,14 +139,19 @@ def _watched(pid: int, known: Descriptors) -> dict[int, int]:
 def _ask_busy(pid: int, known: Descriptors, seen: dict[int, int], ask: Callable[[int], int]) -> None:
     """Add to ``seen`` what threads say that run now and then, until all are known."""
     index_of = known.index_of
-    for _ in range(_ASK_TIMES):
-        for tid in _busy(pid, set(seen.values())):
+    asked: Counter[int] = Counter()
+    quiet = 0
+    for _ in range(_LOOKS):
+        busy = [tid for tid in _busy(pid, set(seen.values())) if asked[tid] < _ASK_TIMES]
+        quiet = 0 if busy else quiet + 1
+        for tid in busy:
             if len(seen) == len(known.vcpus):
                 return
+            asked[tid] += 1
             fd = ask(tid)
             if fd in index_of:
                 seen[index_of[fd]] = tid
-        if len(seen) == len(known.vcpus):
+        if len(seen) == len(known.vcpus) or quiet == _QUIET_LOOKS:
             return
         time.sleep(_LOOK_S)
 
