@@ -14,7 +14,6 @@ while it works. Each time it must come to the same result. About two minutes.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prefault.errors import LabError
-from prefault.faults.convert import convert
+from prefault.faults.convert import convert_bytes
 from prefault.faults.plan import Plan, dumps
 from prefault.faults.planning import PlanConfig, make_plan
 from prefault.faults.working_set import Memslot
@@ -94,11 +93,8 @@ def fields(said: str) -> dict[str, str]:
 
 def plan_from(capture: bytes) -> Plan:
     """What `prefault record --from` and `prefault plan --memslot` make of a capture."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "capture"
-        file.write_bytes(capture)
-        config = PlanConfig(memslots=(Memslot(RAM, RAM_SIZE),))
-        return make_plan([convert(file).recording], config).plan
+    config = PlanConfig(memslots=(Memslot(RAM, RAM_SIZE),))
+    return make_plan([convert_bytes(capture, "capture").recording], config).plan
 
 
 def run() -> tuple[Plan, dict[str, Any]]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prefault.errors import LabError
-from prefault.faults.convert import convert
+from prefault.faults.convert import convert_bytes
 from prefault.faults.costs import Given
 from prefault.faults.plan import Plan
 from prefault.faults.planning import PlanConfig, make_plan
@@ -178,11 +177,8 @@ def _good(done: JobResult) -> JobResult:
 
 def plan_from(capture: bytes, memory: str) -> tuple[Plan, float]:
     """What `prefault record --from` and `prefault plan --memory` make of a capture; and its seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "capture"
-        file.write_bytes(capture)
-        recording = convert(file).recording
-        return make_plan([recording], PlanConfig(given=Given(memory))).plan, recording.metadata.seconds
+    recording = convert_bytes(capture, "capture").recording
+    return make_plan([recording], PlanConfig(given=Given(memory))).plan, recording.metadata.seconds
 
 
 def measured(packed: bytes, cases: Sequence[Case], plan: Plan) -> Iterator[Row]:

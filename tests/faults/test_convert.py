@@ -11,7 +11,7 @@ import pytest
 
 from prefault.errors import UsageError
 from prefault.faults import recording
-from prefault.faults.convert import convert
+from prefault.faults.convert import convert, convert_bytes
 from prefault.faults.syndrome import Access, Kind
 from tests.faults.traces import Line, old_page_fault, page_fault, render
 
@@ -54,6 +54,15 @@ def test_faults_of_two_architectures_are_two_recordings(tmp_path: Path) -> None:
     (tmp_path / "x").write_text(lines(arm64, ("kvm_page_fault", page_fault(0, 0, 0x1000, 0x182))))
     with pytest.raises(UsageError, match="of arm64 and of x86"):
         convert(tmp_path / "x")
+
+
+def test_bytes_are_as_good_as_a_file(tmp_path: Path) -> None:
+    data = lines(("kvm_page_fault", page_fault(0, 0, 0x1000, 0x182))).encode()
+    (tmp_path / "x").write_bytes(data)
+    of_file, of_bytes = convert(tmp_path / "x").recording, convert_bytes(data, "x").recording
+    assert recording.table(of_bytes).to_pydict() == recording.table(of_file).to_pydict()
+    with pytest.raises(UsageError, match="x: is empty"):
+        convert_bytes(b"", "x")
 
 
 def test_x86_faults_have_the_vcpu_that_the_event_names_or_else_the_thread(tmp_path: Path) -> None:

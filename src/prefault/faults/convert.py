@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -74,6 +74,14 @@ def convert(path: Path, page_size: int = 4096, on_bytes: OnBytes | None = None) 
             return _convert(file, path, page_size, on_bytes)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
+
+
+def convert_bytes(data: bytes, name: str, page_size: int = 4096) -> Converted:
+    """As ``convert``, of a trace or a capture that is no file here, but came out of the lab for instance.
+
+    :param name: for messages
+    """
+    return _convert(BufferedReader(BytesIO(data)), Path(name), page_size, None)
 
 
 def _convert(file: BufferedReader, path: Path, page_size: int, on_bytes: OnBytes | None) -> Converted:
