@@ -275,11 +275,17 @@ def test_a_process_that_is_stopped_stays_stopped() -> None:
 
 def test_stop_and_go_on_in_the_middle_of_a_call() -> None:
     with python(COUNT.format(want=1)) as child, tracee(child.pid) as one:
-        threading.Timer(0.03, os.kill, (child.pid, signal.SIGSTOP)).start()
-        go_on = threading.Timer(0.06, os.kill, (child.pid, signal.SIGCONT))
-        go_on.start()
-        assert one.call(sleep_of(0.1)).errno == 516  # interrupted by the stop
-        go_on.join()
+
+        def stop_and_go_on() -> None:
+            wait_for_call(child.pid, NANOSLEEP)
+            os.kill(child.pid, signal.SIGSTOP)
+            time.sleep(0.05)
+            os.kill(child.pid, signal.SIGCONT)
+
+        disturbing = threading.Thread(target=stop_and_go_on)
+        disturbing.start()
+        assert one.call(sleep_of(2)).errno == 516  # interrupted by the stop
+        disturbing.join()
         child.send_signal(signal.SIGUSR1)
         assert json.loads(pipe(child.stdout).readline()) == [1, [0]]
 
