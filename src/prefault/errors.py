@@ -180,6 +180,13 @@ class JobTimeout(LabError):
 
 
 class LabLost(LabError):
-    """The lab's machine hung, panicked or died before the job reported."""
+    """The lab's machine hung, panicked or died before the job reported.
+
+    :ivar splats: what its kernel complained of on the console
+    """
 
     exit_code = ExitCode.LAB_LOST
+
+    def __init__(self, text: str, splats: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.splats = splats

@@ -87,7 +87,8 @@ def mutants(**options: Unpack[_Options]) -> None:
 
     A mutant is the series with one mistake that a good engineer could make, from kernel/mutants. The listed
     scenarios are played on it and on the specification and compared, as `prefault conform` does, until one
-    catches it; if none does, it is soaked, as `prefault lab soak` does. A mutant that nothing catches shows
+    catches it; if none does, it is soaked, as `prefault lab soak` does. A kernel that says that something is
+    wrong while it boots is caught, too. A mutant that nothing catches shows
     a gap in the tests, unless its patch argues that nobody could tell. Those that only a variant of the
     kernel notices need that variant: `prefault lab build --variant debug`.
     """
@@ -134,7 +135,12 @@ def catch(mutant: Mutant, options: _Options, progress: Progress) -> Verdict:
         variant.memory_mib, mode=mutant.mode, append=(*in_lab.HUGE_PAGES, *variant.arguments)
     )
     limit = LIMIT_SECONDS * variant.slow
-    bad = judge(image, machine, limit, progress, all_of_them=options["all_scenarios"]).bad
+    try:
+        bad = judge(image, machine, limit, progress, all_of_them=options["all_scenarios"]).bad
+    except LabLost as error:
+        if not error.splats:  # it may be this machine that is slow
+            raise
+        return Verdict(mutant, ("boot",), error.splats[0])
     if bad:
         return Verdict(mutant, tuple(one.name for one in bad), said(bad[0]))
     if not options["soak_minutes"]:

@@ -193,7 +193,8 @@ class _Run:
             )
 
     def _lost(self, what: str) -> LabLost:
-        return LabLost(f"the lab's machine {what}; see {self._dir}{self._console()}")
+        splats = splat.find(self._console_log.read_text(errors="replace"))
+        return LabLost(f"the lab's machine {what}; see {self._dir}{self._console()}", splats)
 
     def _console(self) -> str:
         texts = [path.read_text(errors="replace") for path in (self._dir / "qemu.log", self._console_log)]
