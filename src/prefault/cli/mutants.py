@@ -88,9 +88,9 @@ def mutants(**options: Unpack[_Options]) -> None:
     A mutant is the series with one mistake that a good engineer could make, from kernel/mutants. The listed
     scenarios are played on it and on the specification and compared, as `prefault conform` does, until one
     catches it; if none does, it is soaked, as `prefault lab soak` does. A kernel that says that something is
-    wrong while it boots is caught, too. A mutant that nothing catches shows
-    a gap in the tests, unless its patch argues that nobody could tell. Those that only a variant of the
-    kernel notices need that variant: `prefault lab build --variant debug`.
+    wrong while it boots is caught, too. A mutant that nothing catches shows a gap in the tests, unless its
+    patch argues that nobody could tell. Those that only a variant of the kernel notices need that variant:
+    `prefault lab build --variant debug`.
     """
     chosen = lab_mutants.choose(options["names"], lab_mutants.read())
     if options["list_only"]:

@@ -193,12 +193,14 @@ class _Run:
             )
 
     def _lost(self, what: str) -> LabLost:
-        splats = splat.find(self._console_log.read_text(errors="replace"))
-        return LabLost(f"the lab's machine {what}; see {self._dir}{self._console()}", splats)
+        return LabLost(f"the lab's machine {what}; see {self._dir}{self._console()}", self._splats())
+
+    def _splats(self) -> tuple[str, ...]:
+        return splat.find(self._console_log.read_text(errors="replace"))
 
     def _console(self) -> str:
         texts = [path.read_text(errors="replace") for path in (self._dir / "qemu.log", self._console_log)]
-        splats = splat.find(texts[1])
+        splats = self._splats()
         lines = splats[:10] or tuple("\n".join(texts).strip().splitlines()[-10:])
         heading = "splats on the console" if splats else "last lines of the console"
         return "".join([f"\n{heading}:", *(f"\n  {line}" for line in lines)]) if lines else ""
