@@ -100,8 +100,10 @@ def test_the_faults_are_those_that_the_guest_must_take(recorded: Path) -> None:
     )
     assert set(data.kind[first].tolist()) == {Kind.TRANSLATION}
     assert set(data.access[first].tolist()) == {Access.READ}
-    # Every other page is written, once: that breaks copy-on-write.
-    assert np.count_nonzero(data.kind == Kind.PERMISSION) == VCPUS * PAGES // 2
+    # Every other page is written: that breaks copy-on-write. A fault that lost against an invalidation is
+    # taken again, so there may be more of them than pages.
+    written = set((data.ipa[data.kind == Kind.PERMISSION] // PAGE * PAGE).tolist())
+    assert written == set(range(DATA + PAGE, DATA + VCPUS * PAGES * PAGE, 2 * PAGE))
     devices = faults.take(faults.kind == Kind.MMIO)
     assert {ipa // PAGE * PAGE for ipa in devices.ipa.tolist()} == {0x900_0000}
     assert np.count_nonzero(faults.duration_ns < 0) == VCPUS  # the last of each
