@@ -45,6 +45,16 @@ def test_a_duration_is_from_the_exit_before_to_the_entry_after() -> None:
     assert found((1, EXIT, 0), (1, FAULT, 0), (1, ENTRY, 0)).duration_ns.tolist() == [2000]
 
 
+@given(st.permutations(range(6)))
+def test_events_that_come_out_of_order_are_put_in_order(places: list[int]) -> None:
+    """As in dumps of one CPU's buffer after the other, of a thread that moved between the two."""
+    rows = [(1, EXIT, 0), (1, FAULT, 0x1000), (1, MMIO, 0x1000), (1, ENTRY, 0), (1, EXIT, 0), (1, FAULT, 0)]
+    shuffled = faults_in(events_of(rows).take(np.array(places)))
+    assert shuffled.duration_ns.tolist() == [3000, -1]
+    assert shuffled.kind.tolist() == [Kind.MMIO, Kind.TRANSLATION]
+    assert shuffled.time_ns.tolist() == [1000, 5000]
+
+
 def test_other_threads_in_between_do_not_matter() -> None:
     rows = [(1, EXIT, 0), (2, EXIT, 0), (1, FAULT, 0), (2, ENTRY, 0), (1, ENTRY, 0), (2, FAULT, 0)]
     assert found(*rows).duration_ns.tolist() == [4000, -1]

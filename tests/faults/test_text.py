@@ -82,16 +82,41 @@ def test_numbers_of_bad_lines_go_on_from_one_chunk_to_the_next(monkeypatch: pyte
     ("line", "lost"),
     [
         ("CPU:2 [LOST 123 EVENTS]", 123),
-        ("CPU:0 [LOST EVENTS]", 0),
+        ("CPU:0 [LOST EVENTS]", 1),
         ("CPU:1 [7 EVENTS DROPPED]", 7),
-        ("CPU:1 [EVENTS DROPPED]", 0),
+        ("CPU:1 [EVENTS DROPPED]", 1),
+        ("Warning:\nProcessed 5120 events and lost 3 chunks!\n\nCheck IO/CPU overload!", 3),
+        ("Warning:\nProcessed 5120 samples and lost 12.50%!", 1),
         ("       CPU 0/KVM       7 [001]    12.345678: PERF_RECORD_LOST lost 5", 5),
         ("# entries-in-buffer/entries-written: 100/140   #P:2", 40),
     ],
 )
-def test_lost_events_are_counted(line: str, lost: int) -> None:
+def test_lost_events_are_counted_also_where_their_number_is_not_told(line: str, lost: int) -> None:
     found = read(f"{FAULT}{line}\n{FAULT}")
     assert (found.lost, found.bad_lines) == (lost, 0)
+
+
+def test_cpus_without_an_event_are_not_bad() -> None:
+    found = read("CPU 1 is empty\nCPU 12 is empty\ncpus=16\n" + FAULT)
+    assert (len(found.events), found.bad_lines, found.format) == (1, 0, "trace-cmd")
+
+
+PAGE_FAULT = "CPU 0/KVM 7 [001] 12.345678: kvm:kvm_page_fault: vcpu 0 rip 0x4 address 0x1000 error_code "
+
+
+def test_a_number_that_the_end_of_the_file_cuts_off_is_not_read() -> None:
+    """Of 0x100000014 without its last digit, a permission fault would come."""
+    found = read(f"{PAGE_FAULT}0x100000014\n{PAGE_FAULT}0x10000001")
+    assert found.events.syndrome.tolist() == [0x1_0000_0014]
+    assert [(bad.number, bad.text[-10:]) for bad in found.bad] == [(2, "0x10000001")]
+    device = "CPU 0/KVM 7 [001] 12.345678: kvm:kvm_mmio: mmio write len 1 gpa 0xb8"
+    assert read(FAULT + device).bad_lines == 1
+    assert read(FAULT + device + "000 val 0x").bad_lines == 0
+
+
+def test_a_time_that_no_clock_has_is_bad() -> None:
+    found = read(FAULT + FAULT.replace("12.345678", "9999999999999.345678"))
+    assert (found.events.time.tolist(), found.bad_lines) == ([12_345_678_000], 1)
 
 
 def test_what_lies_on_two_sides_of_a_loss_does_not_belong_together() -> None:

@@ -49,7 +49,7 @@ NAMES = {
 
 @dataclass
 class Events(Arrays):
-    """Events in order, at least each thread's.
+    """Events as they were read.
 
     :ivar time: in ns of the trace's clock
     :ivar tid: thread id
@@ -93,6 +93,8 @@ def faults_in(events: Events) -> Columns:
     A fault's duration is the time from the ``kvm_exit`` before it to the ``kvm_entry`` after it, on the same
     thread and with nothing lost in between; of an access that a device served, the device's time is in it.
     """
+    if np.any(events.time[1:] < events.time[:-1]):  # perf and dumps of one CPU after the other
+        events = events.take(np.argsort(events.time, kind="stable"))
     by_thread = events.take(np.argsort(events.tid, kind="stable"))
     event = by_thread.event
     is_fault = (event == Event.FAULT_ARM64) | (event == Event.FAULT_X86)

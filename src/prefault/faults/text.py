@@ -27,15 +27,23 @@ from prefault.faults.events import NAMES, Event, Events, joined
 CHUNK = 2 << 20
 """Bytes read at once: large enough for numpy, small enough for the processor's cache."""
 _LONGEST_LINE = 1 << 20
+_CUT = b"\0"
+"""Put behind a last line that has no end: its last number may have had more digits."""
+_LATEST_S = np.uint64(9 * 10**9)
+"""Later than this does not fit an int64 of ns; clocks of the real time are at 1.8 of it."""
 _SHOWN = 5
 """How many bad lines are kept, to be shown."""
 
 _LOST = re.compile(
     r"^CPU:\d+ \[(?:LOST )?(?:(\d+) )?EVENTS(?: DROPPED)?\]"
-    r"|PERF_RECORD_LOST\w*:? *(?:lost )?(\d+)?",
+    r"|PERF_RECORD_LOST\w*:? *(?:lost )?(\d+)?"
+    r"|^Processed \d+ (?:events and lost (\d+) chunks|samples and lost )",
 )
 _OVERWRITTEN = re.compile(r"^# entries-in-buffer/entries-written: (\d+)/(\d+)")
-_HEADINGS = re.compile(r"^(?:#|cpus=\d|version = \d|Trace clock|trace-cmd|uname|\t| => |Warning:|\s*$)")
+_HEADINGS = re.compile(
+    r"^(?:#|cpus=\d|CPU \d+ is empty|version = \d|Trace clock|trace-cmd|uname|\t| => |Warning:"
+    r"|Check IO/CPU overload!|\s*$)"
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Trace:
     :ivar events: those that matter
     :ivar lines: all lines
     :ivar seen: lines that are events of whatever kind
-    :ivar lost: events that the kernel says it had to drop
+    :ivar lost: events that the kernel says it had to drop; 1 for each time that it does not say how many
     :ivar bad: the first lines that could not be read
     :ivar threads: thread id → (process id or 0, name)
     :ivar format: ``tracefs``, ``trace-cmd`` or ``perf``; empty if there was no event
@@ -96,7 +104,7 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
         if end:
             yield data[:end]
     if rest:
-        yield rest + b"\n"
+        yield rest + _CUT + b"\n"
 
 
 @dataclass
@@ -156,7 +164,7 @@ class _Reader:
         for index in np.flatnonzero(plain):
             line = text.slice(int(begins[index]), min(int(ends[index]), int(begins[index]) + 200))
             if loss := _LOST.search(line):
-                self._trace.lost += sum(int(number) for number in loss.groups() if number)
+                self._trace.lost += _how_many(loss)
                 losses.append(index)
             elif overwritten := _OVERWRITTEN.match(line):
                 kept, written = map(int, overwritten.groups())
@@ -173,7 +181,7 @@ class _Reader:
         self._trace.bad_lines += count
         if len(self._trace.bad) < _SHOWN:
             begin, end = int(begins[index]), int(ends[index])
-            shown = text.slice(begin, min(end, begin + 160)).rstrip("\r")
+            shown = text.slice(begin, min(end, begin + 160)).rstrip("\r\0")
             self._trace.bad.append(BadLine(self._trace.lines + index + 1, shown))
 
     def _events(self, text: Text, lines: _Lines) -> tuple[Events, Flags, Flags]:
@@ -205,7 +213,7 @@ class _Reader:
         which = np.flatnonzero(text.words_at(heads.name) == word("PERF_REC"))
         for index in which:
             if loss := _LOST.search(text.slice(int(heads.name[index]), int(lines.end[index]))):
-                self._trace.lost += sum(int(number) for number in loss.groups() if number)
+                self._trace.lost += _how_many(loss)
         self._loss_lines = np.sort(np.concatenate((self._loss_lines, lines.index[which])))
 
     def _note(self, text: Text, heads: _Heads, good: Flags) -> None:
@@ -224,6 +232,11 @@ class _Reader:
                 name = ""
             before = self._trace.threads.get(tid, (0, ""))
             self._trace.threads[tid] = (pid or before[0], name or before[1])
+
+
+def _how_many(loss: re.Match[str]) -> int:
+    """Events that were lost there; 1 if that is not told, so that it is never nothing."""
+    return sum(int(number) for number in loss.groups() if number) or 1
 
 
 def _with_time(text: Text, begins: Places, ends: Places) -> _Lines:
@@ -268,6 +281,7 @@ def _heads(text: Text, lines: _Lines) -> _Heads:
     _, cpu_digits = text.decimal_before(cpu_end)
     opening = cpu_end - cpu_digits - 1
     good = (length > 0) & (closing > lines.begin) & (cpu_digits > 0) & (text.bytes[opening] == ord("["))
+    good &= seconds < _LATEST_S
     between = dot - length - cpu_end - 1
     has_flags = between > text.spaces_before(dot - length)
     good &= between < 32
@@ -388,6 +402,9 @@ def _guest_fault(text: Text, places: Places, ends: Places, found: _Payloads, whi
     found.good[which], found.address[which], found.syndrome[which] = good, ipa, esr
 
 
+_ENDS = tuple(b"\r\n ")
+
+
 def _page_fault(text: Text, places: Places, ends: Places, found: _Payloads, which: Places) -> None:
     """``vcpu 0 rip 0x… address 0x… error_code 0x…``; before Linux 6.2 without the first two."""
     has_vcpu = (text.words_at(places) & mask(5)) == word("vcpu ")
@@ -401,7 +418,7 @@ def _page_fault(text: Text, places: Places, ends: Places, found: _Payloads, whic
     good &= (after > address_at + 8) & (text.words_at(after) == word(" error_c"))
     good &= (text.words_at(after + 8) & mask(4)) == word("ode ")
     code, last = text.hex_at(after + 12)
-    good &= (last > after + 12) & (last <= ends)
+    good &= (last > after + 12) & np.isin(text.bytes[last], _ENDS)
     found.good[which], found.address[which], found.syndrome[which] = good, address, code
     found.vcpu[which] = np.where(has_vcpu, np.minimum(vcpu, np.uint64(0x7FFF)).astype(np.int16), -1)
 
@@ -412,7 +429,7 @@ def _mmio(text: Text, places: Places, ends: Places, found: _Payloads, which: Pla
     for _ in range(5):  # mmio, write or unsatisfied-read, len, 8, gpa
         at = _next_word(text, at, ends)
     address, last = text.hex_at(at)
-    good = (last > at) & (last <= ends) & ((text.words_at(at - 4) & mask(4)) == word("gpa "))
+    good = (last > at) & (text.bytes[last] == ord(" ")) & ((text.words_at(at - 4) & mask(4)) == word("gpa "))
     found.good[which], found.address[which] = good, address
 
 
