@@ -265,6 +265,9 @@ class Vcpu(Protocol):
     def complete_mmio(self, value: int) -> None:
         """Give the pending MMIO read its value; the next ``run`` delivers it to the guest."""
 
+    def reset(self) -> None:
+        """KVM_ARM_VCPU_INIT again, as a VMM does when its guest reboots; ``load`` gives it a program."""
+
     def pre_fault_memory_once(self, gpa: int, size: int, flags: int = 0) -> PreFaultProgress:
         """One KVM_PRE_FAULT_MEMORY call; never raises for what the kernel answers."""
 

@@ -29,6 +29,7 @@ LARGE = {
 }
 """Hosts with 52-bit addresses, of which most scenarios take no notice."""
 TAGS = {name: replace(host, mte=True) for name, host in HOSTS.items()}
+WITHOUT_FWB = {name: replace(host, fwb=False) for name, host in HOSTS.items()}
 NOT_HERE = re.compile("no [a-z-]+ of a bearable size|IPA spaces have up to 48 bits|cannot have memory tags")
 
 
@@ -58,6 +59,25 @@ def test_a_listed_scenario_holds_with_large_addresses(name: str, pages: str) -> 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("guests_with_tags")])
 def test_a_listed_scenario_holds_with_memory_tags(name: str, pages: str) -> None:
     _plays(name, TAGS[pages])
+
+
+@pytest.mark.parametrize("pages", list(WITHOUT_FWB))
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if "reset" in name])
+def test_a_listed_scenario_holds_without_fwb(name: str, pages: str) -> None:
+    _plays(name, WITHOUT_FWB[pages])
+
+
+@pytest.mark.parametrize("fwb", [True, False])
+def test_a_reset_takes_memory_that_was_prefaulted_where_caches_must_be_cleaned(fwb: bool) -> None:
+    with open_spec(HostConfig(fwb=fwb)) as kvm, kvm.create_vm() as vm:
+        vm.set_user_memory_region(MemoryRegion(1, DATA, PAGE))
+        vcpu, never_ran = vm.create_vcpu(), vm.create_vcpu()
+        vcpu.run(immediate_exit=True)
+        vcpu.pre_fault_memory(DATA, PAGE)
+        never_ran.reset()
+        assert len(vm.stage2()) == 1
+        vcpu.reset()
+        assert len(vm.stage2()) == fwb
 
 
 @pytest.mark.parametrize(("hafdbs", "faults"), [(True, 1), (False, 2)])

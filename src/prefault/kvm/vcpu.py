@@ -193,6 +193,14 @@ class Vcpu(AnyVcpu):
         self.set_register("pstate", _PSTATE_EL2H_MASKED if self._config.el2 else _PSTATE_EL1H_MASKED)
         self.set_register("pc", program.base)
 
+    _target: structures.kvm_vcpu_init | None = None
+
+    def reset(self) -> None:
+        """KVM_ARM_VCPU_INIT again, as a VMM does when its guest reboots; ``load`` gives it a program."""
+        if self._target is None:
+            raise UsageError("the vCPU was never initialised; create it with VcpuConfig(initialised=True)")
+        self.ioctl("KVM_ARM_VCPU_INIT", self._target)
+
     def get_register(self, name: str) -> int:
         """A general register (x0…x30, sp, pc, pstate) or system register by architectural name."""
         value = ctypes.c_uint64()
@@ -260,6 +268,7 @@ class Vcpu(AnyVcpu):
         target.features[0] |= features
         hint = "the host must run with kvm-arm.mode=nested for vCPUs with EL2" if self._config.el2 else ""
         self.ioctl("KVM_ARM_VCPU_INIT", target, hint=hint)
+        self._target = target
 
 
 def _register_id(name: str) -> int:

@@ -56,6 +56,10 @@ class X86Vcpu(AnyVcpu):
             setattr(general, f"r{compile_x64.FIRST_ARGUMENT + index}", value)
         self.ioctl("KVM_SET_REGS", general)
 
+    def reset(self) -> None:
+        """On x86 a VMM sets the registers, and KVM does nothing else."""
+        raise _lacks("KVM_ARM_VCPU_INIT")
+
     def get_register(self, name: str) -> int:
         """A general register, rip or rflags, by name."""
         general = x86.kvm_regs()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold, as short programs over machine.py. Importing this lists all of them."""
 
-from prefault.scenarios import memory, nested, ordinary, races, refusals, shapes, tlbi, userfault
+from prefault.scenarios import memory, nested, ordinary, races, refusals, reset, shapes, tlbi, userfault
 from prefault.scenarios.scenario import SCENARIOS, Outcome, Scenario, Stage, perform
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "perform",
     "races",
     "refusals",
+    "reset",
     "shapes",
     "tlbi",
     "userfault",

@@ -31,7 +31,7 @@ ROUNDS = 25
 ELSEWHERE = 2 * DATA
 
 
-def _all_of(vcpu: Vcpu, gpa: int, size: int) -> int:
+def all_of(vcpu: Vcpu, gpa: int, size: int) -> int:
     """Pre-fault a range up to its end or to an error; that error, or 0."""
     while size:
         progress = vcpu.pre_fault_memory_once(gpa, size)
@@ -41,7 +41,7 @@ def _all_of(vcpu: Vcpu, gpa: int, size: int) -> int:
     return 0
 
 
-def _meanwhile(change: Callable[[], object], prefault: Callable[[], int]) -> set[int]:
+def meanwhile(change: Callable[[], object], prefault: Callable[[], int]) -> set[int]:
     """Pre-fault as long as another thread does its rounds of ``change``; the errors that came."""
 
     def rounds() -> None:
@@ -57,7 +57,8 @@ def _meanwhile(change: Callable[[], object], prefault: Callable[[], int]) -> set
     return found
 
 
-def _hold(stage: Stage, found: set[int], allowed: set[int]) -> None:
+def hold(stage: Stage, found: set[int], allowed: set[int]) -> None:
+    """Check that no other errors came."""
     names = {errno.errorcode.get(one, one) for one in found - allowed}
     stage.holds(found <= allowed, f"pre-faulting failed with {names} on the way")
 
@@ -78,8 +79,8 @@ def no_stale_leaf_after_pages_were_dropped_meanwhile(stage: Stage) -> None:
     size = PAGES * stage.page
     vcpu = stage.vcpu(vm, Marker(0), _walk(stage), Report())
     stage.proceed(vcpu)
-    _hold(stage, _meanwhile(partial(_write_and_drop, stage, vm), partial(_all_of, vcpu, DATA, size)), {0})
-    stage.holds(_all_of(vcpu, DATA, size) == 0, "pre-faulting fails when all is quiet again")
+    hold(stage, meanwhile(partial(_write_and_drop, stage, vm), partial(all_of, vcpu, DATA, size)), {0})
+    stage.holds(all_of(vcpu, DATA, size) == 0, "pre-faulting fails when all is quiet again")
     stage.shown_leaves(vm)
     values = stage.finish(vcpu)
     stage.holds(values == [0], f"the guest read {values} from pages that the host has dropped")
@@ -96,7 +97,7 @@ def pages_can_migrate_meanwhile(stage: Stage, backing: Backing) -> None:
         with suppress(CapabilityMissing):  # A page that is in somebody's hands stays where it is.
             vm.advise(DATA, some, Advice.SOFT_OFFLINE)
 
-    _hold(stage, _meanwhile(migrate, partial(_all_of, vcpu, DATA, size)), {0})
+    hold(stage, meanwhile(migrate, partial(all_of, vcpu, DATA, size)), {0})
     stage.pre_fault(vcpu, DATA, size)
     stage.shown_leaves(vm)
     with vm.count_faults() as counts:
@@ -130,8 +131,8 @@ def protection_can_change_meanwhile(stage: Stage, name: str) -> None:
     vcpu = stage.vcpu(vm, Marker(0), _walk(stage, 1000), _walk(stage), Report())
     stage.proceed(vcpu)
     size = PAGES * stage.page
-    _hold(stage, _meanwhile(partial(change, vm, DATA, size), partial(_all_of, vcpu, DATA, size)), allowed)
-    stage.holds(_all_of(vcpu, DATA, size) == 0, "pre-faulting fails when all is quiet again")
+    hold(stage, meanwhile(partial(change, vm, DATA, size), partial(all_of, vcpu, DATA, size)), allowed)
+    stage.holds(all_of(vcpu, DATA, size) == 0, "pre-faulting fails when all is quiet again")
     stage.shown_leaves(vm)
     stage.finish(vcpu)
 
@@ -146,7 +147,7 @@ def the_vmm_can_fork_meanwhile(stage: Stage) -> None:
     # Forks come from this thread, the only one that the child then has.
     with ThreadPoolExecutor(1) as pool:
         for _ in range(8):
-            prefault = pool.submit(_all_of, other, DATA, size)
+            prefault = pool.submit(all_of, other, DATA, size)
             with vm.fork() as child:
                 stage.holds(prefault.result() == 0, "pre-faulting failed")
                 stage.holds(child.read_memory(DATA, 8)[0] == 0x11, "the child has lost its memory")
@@ -170,7 +171,7 @@ def logging_can_be_switched_meanwhile(stage: Stage, backing: Backing) -> None:
         vm.set_user_memory_region(logged)
         vm.set_user_memory_region(plain)
 
-    _hold(stage, _meanwhile(switch, partial(_all_of, vcpu, DATA, plain.size)), {0})
+    hold(stage, meanwhile(switch, partial(all_of, vcpu, DATA, plain.size)), {0})
     vm.set_user_memory_region(logged)
     stage.pre_fault(vcpu, DATA, plain.size)
     # A block that was there before stays one, read-only, until it is written.
@@ -199,7 +200,7 @@ def slots_can_come_and_go_meanwhile(stage: Stage, backing: Backing) -> None:
         vm.set_user_memory_region(replace(region, size=0))
         vm.set_user_memory_region(region)
 
-    _hold(stage, _meanwhile(renew, partial(_all_of, vcpu, DATA, region.size)), _GOING)
+    hold(stage, meanwhile(renew, partial(all_of, vcpu, DATA, region.size)), _GOING)
     stage.pre_fault(vcpu, DATA, region.size)
     stage.shown_leaves(vm)
     stage.holds(stage.finish(vcpu) == [0], "the guest saw the memory of a slot that is gone")
@@ -219,9 +220,9 @@ def slots_can_move_meanwhile(stage: Stage) -> None:
         vm.set_user_memory_region(here)
 
     def prefault() -> int:
-        return _all_of(vcpus[0], DATA, here.size) or _all_of(vcpus[1], ELSEWHERE, here.size)
+        return all_of(vcpus[0], DATA, here.size) or all_of(vcpus[1], ELSEWHERE, here.size)
 
-    _hold(stage, _meanwhile(move, prefault), _GOING)
+    hold(stage, meanwhile(move, prefault), _GOING)
     stage.holds(stage.shown_leaves(vm, ELSEWHERE) == [], "where the slot was, there still are leaves")
     stage.pre_fault(vcpus[0], DATA, here.size)
     stage.shown_leaves(vm, DATA, here.size)
@@ -241,10 +242,10 @@ def vcpus_can_prefault_at_once(stage: Stage, name: str, backing: Backing) -> Non
     tasks = []
     for first, last in _RANGES[name]:
         start, end = (int(part * pages) * stage.page for part in (first, last))
-        tasks.append(partial(_all_of, vm.create_vcpu(), DATA + start, end - start))
+        tasks.append(partial(all_of, vm.create_vcpu(), DATA + start, end - start))
     with ThreadPoolExecutor(len(tasks)) as pool:
         errors = {running.result() for running in [pool.submit(task) for task in tasks]}
-    _hold(stage, errors, {0})
+    hold(stage, errors, {0})
     if stage.sees_leaves:
         leaves = stage.leaves(vm)
         stage.holds(sum(leaf.size for leaf in leaves) == region.size, "a page was left out")
@@ -277,7 +278,7 @@ def signals_never_lose_progress(stage: Stage, backing: Backing) -> None:
             stage.holds(stuck == bool(progress.errno), f"EINTR is for no progress only: {progress}")
             stage.holds(progress.gpa + progress.size == region.gpa + region.size, f"lost some: {progress}")
             gpa, size = progress.gpa, progress.size
-    _hold(stage, found, {0, errno.EINTR})
+    hold(stage, found, {0, errno.EINTR})
     if stage.sees_leaves:
         leaves = stage.leaves(vm)
         stage.holds(sum(leaf.size for leaf in leaves) == region.size, "a page was left out")

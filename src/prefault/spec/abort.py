@@ -58,17 +58,20 @@ class PendingMmio:
 
 
 class AbortHandler:
-    """Handles the aborts of one vCPU."""
+    """Handles the aborts of one vCPU.
+
+    :ivar cpu: its processor, another one after a reset
+    """
 
     def __init__(self, kvm: KvmState, cpu: Cpu, trace: Trace) -> None:
         self._kvm = kvm
-        self._cpu = cpu
+        self.cpu = cpu
         self._trace = trace
         self.pending: PendingMmio | None = None
 
     def kvm_handle_guest_abort(self, abort: Abort) -> Exit | None:
         """What to tell user space; None lets the guest go on. Mirrors: kvm_handle_guest_abort()"""
-        kvm, cpu = self._kvm, self._cpu
+        kvm, cpu = self._kvm, self.cpu
         iabt = abort.esr >> EC_SHIFT == EC_IABT
         if abort.esr & _FSC_TYPE == FSC_FAULT and abort.ipa >> cpu.mmu.pgt.ia_bits:
             too_large = abort.ipa >> kvm.host.config.ipa_limit
@@ -87,7 +90,7 @@ class AbortHandler:
 
     def _translate_l2(self, fault_ipa: int, abort: Abort) -> S2Translation | bool | None:
         """L1's translation of an L2 IPA, None outside of L2, False if L1 was given the fault."""
-        mmu = self._cpu.mmu
+        mmu = self.cpu.mmu
         if not mmu.shadow or not mmu.nested_stage2_enabled:
             return None
         found = GuestWalk(self._kvm, mmu.tlb_vtcr, mmu.tlb_vttbr or 0).walk(fault_ipa)
@@ -116,7 +119,7 @@ class AbortHandler:
             return None
         s2fd = FaultDesc(
             kvm,
-            self._cpu.mmu,
+            self.cpu.mmu,
             fault_ipa,
             slot,
             slot.hva_of(ipa) & -kvm.page_size,
@@ -140,7 +143,7 @@ class AbortHandler:
     def handle_access_fault(self, ipa: int) -> None:
         """Mirrors: handle_access_fault()"""
         self._kvm.mmu_lock.read_lock()
-        self._cpu.mmu.pgt.mkyoung(ipa)
+        self.cpu.mmu.pgt.mkyoung(ipa)
         self._kvm.mmu_lock.read_unlock()
 
     def io_mem_abort(self, abort: Abort, ipa: int) -> Exit:
@@ -150,18 +153,18 @@ class AbortHandler:
         is_write = bool(esr & WNR)
         sign_extend = bool(esr & SSE) and self._kvm.host.config.mmio_sign_extends
         self.pending = PendingMmio(width, is_write, register, sign_extend, bool(esr & SF))
-        data = self._cpu.x[register] & (1 << 8 * width) - 1 if is_write else 0
+        data = self.cpu.x[register] & (1 << 8 * width) - 1 if is_write else 0
         return MmioExit(ipa, width, is_write, data)
 
     def kvm_inject_sea(self, iabt: bool, address: int, fsc: int = _FSC_EXTABT) -> None:
         """An abort at the EL that the guest is at. Mirrors: kvm_inject_sea(), kvm_inject_size_fault()"""
-        cpu = self._cpu
+        cpu = self.cpu
         ec = (EC_IABT if iabt else EC_DABT) + 1
         cpu.take_exception(cpu.el, ec << EC_SHIFT | IL | fsc, address, cpu.pc)
 
     def kvm_inject_s2_fault(self, abort: Abort, fsc: int) -> None:
         """Mirrors: kvm_inject_s2_fault()"""
-        cpu = self._cpu
+        cpu = self.cpu
         cpu.system["hpfar_el2"] = abort.ipa >> 12 << 4
         cpu.take_exception(2, abort.esr & ~_FSC | fsc, abort.ipa, cpu.pc)
 

@@ -37,6 +37,22 @@ def kvm_nested_s2_unmap(kvm: KvmState) -> None:
             kvm_stage2_unmap_range(kvm, mmu, 0, 1 << mmu.pgt.ia_bits)
 
 
+def stage2_unmap_vm(kvm: KvmState) -> None:
+    """Take what the VMM has mapped away from the guest. Mirrors: stage2_unmap_vm(), stage2_unmap_memslot()"""
+    token = kvm.srcu.read_lock()
+    step("mmap_lock.read_lock")
+    kvm.mmu_lock.write_lock()
+    for slot in kvm.slots:
+        end = slot.hva + slot.size
+        for vma in kvm.host.mm.vmas_in(slot.hva, end):
+            first, last = max(vma.start, slot.hva), min(vma.end, end)
+            if not vma.pfn:
+                kvm_stage2_unmap_range(kvm, kvm.mmu, slot.base + first - slot.hva, last - first)
+    kvm_nested_s2_unmap(kvm)
+    kvm.mmu_lock.write_unlock()
+    kvm.srcu.read_unlock(token)
+
+
 def kvm_nested_s2_wp(kvm: KvmState) -> None:
     """Mirrors: kvm_nested_s2_wp()"""
     for mmu in kvm.nested_mmus:

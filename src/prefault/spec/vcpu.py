@@ -17,6 +17,7 @@ from prefault.spec.cpu import EC_HVC, EC_SHIFT, EC_UNKNOWN, IL, Abort, Cpu, Eret
 from prefault.spec.prefault import kvm_vcpu_pre_fault_memory
 from prefault.spec.state import KvmState, S2Mmu
 from prefault.spec.steps import LOCK
+from prefault.spec.unmap import stage2_unmap_vm
 
 _PSTATE_EL1H_MASKED = 0x3C5
 _PSTATE_EL2H_MASKED = 0x3C9
@@ -39,11 +40,30 @@ class SpecVcpu:
         self._config = config
         self._can_pre_fault = can_pre_fault
         self._open = True
-        self.cpu = Cpu(kvm.host.memory, kvm.mmu, kvm.host.config.hafdbs)
+        self._has_run = False
+        self.cpu = self._new_cpu()
         self.aborts = AbortHandler(kvm, self.cpu, trace)
-        if config.el2:
-            self.cpu.el = 2
-            self.cpu.system["hcr_el2"] = 0 if config.e2h0 else _HCR_E2H
+
+    def _new_cpu(self) -> Cpu:
+        """Mirrors: kvm_reset_vcpu()"""
+        cpu = Cpu(self._kvm.host.memory, self._kvm.mmu, self._kvm.host.config.hafdbs)
+        if self._config.el2:
+            cpu.el = 2
+            cpu.system["hcr_el2"] = 0 if self._config.e2h0 else _HCR_E2H
+        return cpu
+
+    def reset(self) -> None:
+        """KVM_ARM_VCPU_INIT again, as a VMM does when its guest reboots; ``load`` gives it a program.
+
+        Mirrors: kvm_arch_vcpu_ioctl_vcpu_init()
+        """
+        if not self._config.initialised:
+            raise UsageError("the vCPU was never initialised; create it with VcpuConfig(initialised=True)")
+        with LOCK:
+            self.cpu = self.aborts.cpu = self._new_cpu()
+            # The guest will run with its caches off: the first access of each page cleans it.
+            if self._has_run and not self._kvm.host.config.fwb:
+                stage2_unmap_vm(self._kvm)
 
     def load(self, program: Program, arguments: Sequence[int] = ()) -> None:
         """Point the vCPU at ``program``, which ``Vm.install`` has put into guest memory."""
@@ -77,7 +97,7 @@ class SpecVcpu:
         if not self._config.initialised:
             return Failed(errno.ENOEXEC)
         with LOCK:
-            self._kvm.has_run = True
+            self._kvm.has_run = self._has_run = True
             self._complete_exit()
             if immediate_exit:
                 return Interrupted()
