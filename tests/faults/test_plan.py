@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -48,10 +49,11 @@ def small() -> dict[str, Any]:
 
 
 def test_fields_that_are_not_known_are_passed_over() -> None:
-    values = small() | {"new": 1}
-    values["ranges"][0]["new"] = 2
+    values = small()
+    plain = from_json(copy.deepcopy(values))
+    values["new"] = values["ranges"][0]["new"] = values["prediction"]["new"] = 1
     jsonschema.validate(values, SCHEMA)
-    assert from_json(values) == from_json(small())
+    assert from_json(values) == plain
 
 
 def changed(**fields: object) -> dict[str, Any]:
@@ -73,11 +75,24 @@ def changed_range(**fields: object) -> dict[str, Any]:
         (changed(version="1"), "of version 1"),
         (changed(page_size=5), "page size is 5"),
         (changed(ranges=None), "no whole plan"),
-        (changed(ranges=[{"ipa": 1}]), "no whole plan"),
-        (changed(prediction={}), "no whole plan"),
+        (changed(ranges=[{"ipa": 1}]), "no whole plan: its range has no 'size'"),
+        (changed(prediction={}), "no whole plan: its prediction has no 'faults'"),
         (changed_range(ipa=1), "not of whole pages"),
         (changed_range(size=0), "not of whole pages"),
-        (changed_range(size=1 << 65), "not of whole pages"),
+        (changed_range(size=1 << 65), "beyond 2.52"),
+        (changed_range(ipa=1 << 52), "beyond 2.52"),
+        (changed_range(size=4096.0), "'size' in its range is no int"),
+        (changed_range(ipa=True), "'ipa' in its range is no int"),
+        (changed_range(pages="many"), "'pages' in its range is no int"),
+        (changed(ranges={}), "'ranges' is no list"),
+        (changed(ranges=["ipa"]), "its range is no object"),
+        (changed(page_size=4096.0), "'page_size' in its plan is no int"),
+        (changed(pays=1), "'pays' in its plan is no bool"),
+        (changed(cap="all"), "'cap' in its plan is no int . None"),
+        (changed(sources="x"), "'sources' is no list"),
+        (changed(prediction=None), "its prediction is no object"),
+        (changed(prediction=small()["prediction"] | {"fault_ns": 1e999}), "'fault_ns' in its prediction"),
+        ({"format": "prefault-plan", "version": 1}, "no whole plan: .* has no"),
         (changed_range(ipa=4096), "overlaps"),
         (changed_range(ipa="x"), "no whole plan"),
     ],
@@ -93,6 +108,50 @@ def test_a_file_that_is_no_json_or_not_there_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "x")
     with pytest.raises(UsageError, match="No such file"):
         load(tmp_path / "y")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "no plan"),
+        (b"\xff{}", "no plan"),
+        (json.dumps(small()).replace('"granule": 4096', '"granule": NaN'), "NaN is no number"),
+        (json.dumps(small())[:-1] + ', "ranges": []}', "'ranges' is there twice"),
+        (
+            json.dumps(small()).replace('"size": 4096', '"size": 4096, "size": 8192', 1),
+            "'size' is there twice",
+        ),
+        (json.dumps(small()).replace('"size": 4096', '"size": ' + "9" * 9999, 1), "no plan"),
+    ],
+)
+def test_json_that_says_nothing_or_two_things_is_refused(
+    tmp_path: Path, text: str | bytes, message: str
+) -> None:
+    (tmp_path / "x").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path / "x")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=9,
+)
+
+
+@given(st.data())
+def test_whatever_is_put_into_a_plan_it_is_whole_or_refused(data: st.DataObject) -> None:
+    values = small()
+    part = data.draw(st.sampled_from([values, values["ranges"][0], values["prediction"]]))
+    name = data.draw(st.sampled_from(sorted(part)))
+    part[name] = data.draw(JSON)
+    try:
+        plan = from_json(values)
+    except UsageError:
+        return
+    assert all(type(number) is int for one in plan.ranges for number in (one.ipa, one.size))
+    assert all(one.ipa >= 0 and one.size > 0 and one.ipa + one.size <= 1 << 52 for one in plan.ranges)
+    assert json.loads(dumps(plan)) == json.loads(dumps(from_json(json.loads(dumps(plan)))))
 
 
 def test_the_documents_name_every_field() -> None:

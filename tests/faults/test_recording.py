@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,7 @@ def recordings(draw: st.DrawFn) -> Recording:
     threads = draw(
         st.dictionaries(st.integers(1, 99), st.tuples(st.integers(0, 99), st.text(max_size=5)), max_size=2)
     )
-    return Recording(Metadata("aarch64", 4096, "7.3.4", "live", threads=threads), faults)
+    return Recording(Metadata("aarch64", 4096, "7.3.4", "live", threads=threads), faults.in_order())
 
 
 @given(recordings())
@@ -90,6 +92,11 @@ def test_a_recording_that_another_tool_wrote_with_plain_strings_is_read(tmp_path
     assert recording.read(tmp_path / "x.parquet").faults.kind.tolist() == [1]
 
 
+def with_metadata(**fields: object) -> dict[bytes, bytes]:
+    about = {"version": 1, **dataclasses.asdict(small().metadata), **fields}
+    return {b"prefault": json.dumps(about).encode()}
+
+
 def damaged() -> dict[str, pa.Table]:
     table = recording.table(small())
     about = table.schema.metadata
@@ -103,6 +110,16 @@ def damaged() -> dict[str, pa.Table]:
         "is none of": table.set_column(6, "kind", pa.array(["?"])).replace_schema_metadata(about),
         "of version 99": table.replace_schema_metadata({b"prefault": b'{"version": 99}'}),
         "damaged": table.replace_schema_metadata({b"prefault": b"{"}),
+        "RecursionError": table.replace_schema_metadata({b"prefault": b"[" * 100_000}),
+        "page size is 0": table.replace_schema_metadata(with_metadata(page_size=0)),
+        "'page_size' in its metadata is no int": table.replace_schema_metadata(
+            with_metadata(page_size=4096.0)
+        ),
+        "'kernel' in its metadata is no str": table.replace_schema_metadata(with_metadata(kernel=["<td>"])),
+        "'seconds' in its metadata is no float": table.replace_schema_metadata(with_metadata(seconds=1e999)),
+        "a count is negative": table.replace_schema_metadata(with_metadata(lost_events=-1)),
+        "process id is none": table.replace_schema_metadata(with_metadata(threads={"1": [1 << 40, "x"]})),
+        "no object": table.replace_schema_metadata(with_metadata(threads=[1])),
     }
 
 
@@ -111,6 +128,37 @@ def test_what_is_no_recording_is_refused_with_a_reason(tmp_path: Path, message: 
     pq.write_table(damaged()[message], tmp_path / "x.parquet")
     with pytest.raises(UsageError, match=message):
         recording.read(tmp_path / "x.parquet")
+
+
+def test_faults_that_another_tool_has_mixed_up_are_put_in_order(tmp_path: Path) -> None:
+    one = small()
+    three = pa.concat_tables([recording.table(one)] * 3)
+    mixed = three.set_column(0, recording.SCHEMA.field(0), pa.array([7, 3, 5]))
+    pq.write_table(mixed.replace_schema_metadata(with_metadata()), tmp_path / "x.parquet")
+    assert recording.read(tmp_path / "x.parquet").faults.time_ns.tolist() == [3, 5, 7]
+    apart = three.set_column(0, recording.SCHEMA.field(0), pa.array([-(1 << 63), 0, (1 << 63) - 1]))
+    pq.write_table(apart.replace_schema_metadata(with_metadata()), tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match="292 years"):
+        recording.read(tmp_path / "x.parquet")
+
+
+def test_a_name_that_is_no_utf8_is_as_good_as_another(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.parquet")
+    recording.write(small(), path)
+    assert len(recording.read(path)) == 1
+
+
+@pytest.mark.parametrize(("pids", "ipas"), [([1], [4096]), ([2, 9], [8192]), ([1, 2], [4096, 8192])])
+def test_the_faults_of_some_processes_can_be_taken(pids: list[int], ipas: list[int]) -> None:
+    one = small()
+    both = Columns(*(np.repeat(getattr(one.faults, part.name), 2) for part in dataclasses.fields(Columns)))
+    both.pid, both.ipa = np.array([1, 2], np.int32), np.array([4096, 8192], np.uint64)
+    of_both = Recording(one.metadata, both)
+    assert recording.of_processes(of_both, pids, "x").faults.ipa.tolist() == ipas
+    with pytest.raises(UsageError, match="--pid 3: x has no fault of that process; it has those of 1, 2"):
+        recording.of_processes(of_both, [3], "x")
+    with pytest.raises(UsageError, match="does not say whose"):
+        recording.of_processes(one, [3], "x")
 
 
 def test_a_file_that_is_no_parquet_or_not_there_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 from pathlib import Path
 
@@ -167,3 +168,38 @@ def test_a_capture_that_is_cut_off_is_read_up_to_there_or_refused(length: int) -
 def test_what_is_no_capture_is_refused(data: bytes) -> None:
     with pytest.raises(UsageError):
         ring.read(io.BytesIO(captured.MAGIC + b"\x09" + data), "x")
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("machine", None),
+        ("page_size", 0),
+        ("page_size", 4096.0),
+        ("pid", "7"),
+        ("pid", 1 << 40),
+        ("formats", ["x"]),
+        ("formats", {"kvm_guest_fault": 7}),
+        ("formats", {"kvm_guest_fault": FORMAT.replace("size:8", "size:3")}),
+        ("formats", {"kvm_guest_fault": FORMAT.replace("offset:32", "offset:99999")}),
+        ("header_page", None),
+        ("header_page", HEADER_PAGE.replace("offset:8;\tsize:8", "offset:8;\tsize:3")),
+        ("header_page", HEADER_PAGE.replace("offset:8", "offset:99999")),
+        ("header_page", HEADER_PAGE.replace("size:4080", "size:0")),
+        ("header_page", HEADER_PAGE.replace("size:4080", "size:99999999999")),
+    ],
+)
+def test_a_head_that_makes_no_sense_is_refused(fact: str, value: object) -> None:
+    head = captured.frame(Kind.HEAD, json.dumps({**vars(HEAD), fact: value}).encode())
+    fault = page(0, 0, [entry(1, event(77, 5, 0, 0), counted=False)])
+    data = captured.MAGIC + head + captured.frame(Kind.PAGE, fault.data)
+    with pytest.raises(UsageError):
+        ring.read(io.BytesIO(data), "x")
+
+
+@pytest.mark.parametrize("threads", [None, [7], {"x": [1, "a"]}, {"7": [1]}, {"7": [1 << 40, "a"]}])
+def test_a_tail_that_makes_no_sense_is_refused(threads: object) -> None:
+    tail = json.dumps({"lost": 0, "seconds": 1.5, "threads": threads}).encode()
+    data = captured.MAGIC + captured.head_frame(HEAD) + captured.frame(Kind.TAIL, tail)
+    with pytest.raises(UsageError, match="its tail cannot be read"):
+        ring.read(io.BytesIO(data), "x")

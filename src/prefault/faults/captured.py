@@ -16,14 +16,18 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from prefault.errors import UsageError
+from prefault.faults.foreign import check_page_size, known, threads
 
 MAGIC = b"prefault-capture 1\n"
 _FRAME = struct.Struct("<BxHI")
 _LONGEST = 16 << 20
 """A frame beyond this is no frame."""
+
+MOST_PAGE = 1 << 20
+"""More than any kernel's trace pages have."""
 
 
 class Kind(enum.IntEnum):
@@ -110,6 +114,8 @@ def layout(header_page: str) -> Layout:
     if not {"commit", "data"} <= fields.keys():
         raise UsageError("the layout of the kernel's trace pages is not known: " + header_page[:200])
     (commit, commit_size), (data, size) = fields["commit"], fields["data"]
+    if commit_size not in (4, 8) or not commit + commit_size <= data < data + size <= MOST_PAGE:
+        raise UsageError("the layout of the kernel's trace pages makes no sense: " + header_page[:200])
     return Layout(commit, commit_size, data, data + size)
 
 
@@ -135,24 +141,32 @@ def read(file: BinaryIO, name: str) -> Iterator[Head | Page | Tail]:
     """
     if file.read(len(MAGIC)) != MAGIC:
         raise UsageError(f"{name}: no capture of `prefault record`")
-    began = False
+    began, at = False, len(MAGIC)
     while len(head := file.read(_FRAME.size)) == _FRAME.size:
         kind, cpu, length = _FRAME.unpack(head)
         if length > _LONGEST or kind not in iter(Kind) or (kind == Kind.HEAD) == began:
-            raise UsageError(f"{name}: damaged at byte {file.tell() - _FRAME.size}")
-        began = True
+            raise UsageError(f"{name}: damaged at byte {at}")
+        began, at = True, at + _FRAME.size + length
         data = file.read(length)
         if len(data) < length:
             return
         yield Page(cpu, data) if kind == Kind.PAGE else _facts(Kind(kind), data, name)
 
 
+def _head(head: Head) -> Head:
+    check_page_size(head.page_size)
+    if not isinstance(head.formats, dict) or not all(isinstance(one, str) for one in head.formats.values()):
+        raise TypeError("its formats are no texts")
+    if head.pid is not None and not 0 < head.pid < 1 << 31:
+        raise ValueError(f"{head.pid} is no process id")
+    return head
+
+
 def _facts(kind: Kind, data: bytes, name: str) -> Head | Tail:
     try:
-        facts: dict[str, Any] = json.loads(data)
+        facts = json.loads(data)
         if kind is Kind.HEAD:
-            return Head(**facts)
-        threads = {int(tid): (int(pid), str(comm)) for tid, (pid, comm) in facts["threads"].items()}
-        return Tail(int(facts["lost"]), float(facts["seconds"]), threads)
-    except (ValueError, TypeError, KeyError) as error:
+            return _head(Head(**known(Head, facts)))
+        return Tail(**{**known(Tail, facts), "threads": threads(facts["threads"])})
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UsageError(f"{name}: damaged: its {kind.name.lower()} cannot be read ({error})") from error

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from prefault.errors import UsageError
+from prefault.faults.foreign import check_page_size, known
 
 FORMAT = "prefault-plan"
 VERSION = 1
 """Raised when a field changes its meaning or goes away, not when one is added."""
+
+END = 1 << 52
+"""No guest has memory from here on: arm64 has no more bits of IPA, x86 none of physical address."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +138,27 @@ def load(path: Path) -> Plan:
     :raises UsageError: it cannot be read, or is none
     """
     try:
-        values = json.loads(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: no plan: {error}") from error
     return from_json(values, str(path))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are each there once: which of two ranges were meant, nobody can tell."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def from_json(values: object, name: str = "the plan") -> Plan:
@@ -154,33 +173,39 @@ def from_json(values: object, name: str = "the plan") -> Plan:
     try:
         plan = Plan(
             **{
-                **_known(Plan, values),
-                "ranges": tuple(Range(**_known(Range, one)) for one in values["ranges"]),
-                "prediction": Prediction(**_known(Prediction, values["prediction"])),
-                "advice": tuple(Advice(**_known(Advice, one)) for one in values.get("advice", ())),
-                "sources": tuple(values.get("sources", ())),
+                **known(Plan, values),
+                "ranges": tuple(Range(**known(Range, one)) for one in _list(values, "ranges")),
+                "prediction": Prediction(**known(Prediction, values["prediction"])),
+                "advice": tuple(Advice(**known(Advice, one)) for one in _list(values, "advice")),
+                "sources": tuple(str(one) for one in _list(values, "sources")),
             }
         )
-        _check(plan, name)
-    except (TypeError, KeyError, AttributeError) as error:
+    except TypeError as error:
         raise UsageError(f"{name}: no whole plan: {error}") from error
+    _check(plan, name)
     return plan
 
 
-def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {one.name: values[one.name] for one in fields(kind) if one.name in values}
+def _list(values: Mapping[str, Any], name: str) -> list[Any]:
+    found = values.get(name, [])
+    if not isinstance(found, list):
+        raise TypeError(f"{name!r} is no list")
+    return found
 
 
 def _check(plan: Plan, name: str) -> None:
     page = plan.page_size
-    if page not in (4096, 16384, 65536):
-        raise UsageError(f"{name}: its page size is {page}; it must be 4096, 16384 or 65536")
+    try:
+        check_page_size(page)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from error
     end = -1
     for one in sorted(plan.ranges, key=lambda one: one.ipa):
-        if one.ipa < 0 or one.size <= 0 or one.ipa % page or one.size % page or one.ipa + one.size > 1 << 64:
-            raise UsageError(
-                f"{name}: the range at {one.ipa:#x} of {one.size:#x} bytes is not of whole pages of {page}"
-            )
+        where = f"{name}: the range at {one.ipa:#x} of {one.size:#x} bytes"
+        if one.ipa < 0 or one.size <= 0 or one.ipa % page or one.size % page:
+            raise UsageError(f"{where} is not of whole pages of {page}")
+        if one.ipa + one.size > END:
+            raise UsageError(f"{where} ends beyond 2^52, where no guest has memory")
         if one.ipa < end:
-            raise UsageError(f"{name}: the range at {one.ipa:#x} overlaps another")
+            raise UsageError(f"{where} overlaps another")
         end = one.ipa + one.size

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prefault.errors import UsageError
+from prefault.faults.foreign import check_page_size, known, threads
 from prefault.faults.syndrome import ACCESSES, KINDS, NO_LEVEL
 
 VERSION = 1
@@ -134,6 +135,23 @@ class Recording:
         return np.where(known, self.faults.vcpu.astype(np.int64), -self.faults.tid.astype(np.int64))
 
 
+def of_processes(recording: Recording, pids: Sequence[int], name: str) -> Recording:
+    """The faults of some processes.
+
+    :param name: of the recording, for the message
+    :raises UsageError: it has none of them
+    """
+    keep = np.isin(recording.faults.pid, np.array(pids, np.int64))
+    if not keep.any():
+        there = np.unique(recording.faults.pid)
+        those = ", ".join(map(str, there[there >= 0].tolist()[:20]))
+        raise UsageError(
+            f"--pid {', '.join(map(str, pids))}: {name} has no fault of that process; "
+            + (f"it has those of {those}" if those else "it does not say whose its faults are")
+        )
+    return Recording(recording.metadata, recording.faults.take(keep))
+
+
 def table(recording: Recording) -> pa.Table:
     """As an Arrow table in the documented schema."""
     about = {"version": VERSION, **dataclasses.asdict(recording.metadata)}
@@ -161,7 +179,8 @@ def write(recording: Recording, path: Path) -> None:
     if path.exists() and not path.is_file():
         raise UsageError(f"{path}: is no file, so a recording cannot take its place")
     try:
-        pq.write_table(table(recording), beside, compression="zstd")
+        with beside.open("wb") as file:  # by Python, which knows names that are no UTF-8
+            pq.write_table(table(recording), file, compression="zstd")
         beside.replace(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{path}: {error.strerror or error}; the folder must be there") from error
@@ -179,11 +198,19 @@ def read(path: Path) -> Recording:
             found = pq.read_table(file)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise UsageError(
             f"{path}: no recording ({error}); `prefault record --from {path}` makes one of a trace"
         ) from error
-    return Recording(_metadata(found, path), Columns(*_columns(found, path)))
+    return Recording(_metadata(found, path), _in_order(Columns(*_columns(found, path)), path))
+
+
+def _in_order(faults: Columns, path: Path) -> Columns:
+    """By time: other programs write recordings, too, and need not keep that."""
+    time = faults.time_ns
+    if len(time) and int(time.max()) - int(time.min()) > np.iinfo(np.int64).max:
+        raise UsageError(f"{path}: its first fault and its last are more than 292 years apart")
+    return faults.in_order() if np.any(time[1:] < time[:-1]) else faults
 
 
 def _metadata(found: pa.Table, path: Path) -> Metadata:
@@ -196,12 +223,16 @@ def _metadata(found: pa.Table, path: Path) -> Metadata:
             raise UsageError(
                 f"{path}: a recording of version {about['version']}; this prefault reads {VERSION}"
             )
-        known = {one.name: about[one.name] for one in fields(Metadata) if one.name in about}
-        threads = known.get("threads", {}).items()
-        known["threads"] = {int(tid): (int(pid), str(comm)) for tid, (pid, comm) in threads}
-        return Metadata(**known)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return Metadata(**{**known(Metadata, about), **_checked(about)})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path}: its metadata is damaged: {error!r}") from error
+
+
+def _checked(about: Mapping[str, Any]) -> dict[str, Any]:
+    check_page_size(about["page_size"])
+    if min(about.get("seconds", 0), about.get("lost_events", 0), about.get("bad_lines", 0)) < 0:
+        raise ValueError("a count is negative")
+    return {"threads": threads(about.get("threads", {}))}
 
 
 def _columns(found: pa.Table, path: Path) -> Iterator[npt.NDArray[Any]]:
@@ -215,7 +246,7 @@ def _columns(found: pa.Table, path: Path) -> Iterator[npt.NDArray[Any]]:
             )
         try:
             yield _values(one, column)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        except pa.ArrowException as error:
             raise UsageError(
                 f"{path}: column {one.name} is {column.type}, not {one.type}: {error}"
             ) from error

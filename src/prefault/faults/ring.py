@@ -25,6 +25,8 @@ from prefault.faults.text import HCR_TGE
 
 _BATCH = 2048
 """Pages that are read together."""
+_PAST_END = 4096
+"""Zeros behind them, for the fields of an event that the end of a page cuts off."""
 
 _PADDING, _TIME_EXTEND, _TIME_STAMP = 29, 30, 31
 _USED = (1 << 27) - 1
@@ -98,7 +100,7 @@ class Decoder:
 
     def _batch(self, pages: Sequence[Page]) -> Events:
         size, layout = self._layout.size, self._layout
-        data = np.zeros(len(pages) * size + 64, np.uint8)
+        data = np.zeros(len(pages) * size + _PAST_END, np.uint8)
         for index, page in enumerate(pages):
             data[index * size : index * size + len(page.data)] = np.frombuffer(page.data[:size], np.uint8)
         starts = np.arange(len(pages)) * size
@@ -155,6 +157,10 @@ def _field(data: Bytes, one: Format, name: str, places: Places) -> Places:
     if name not in one.fields:
         raise UsageError(f"the event {one.name} has no field {name} on the kernel of this capture")
     offset, size = one.fields[name]
+    if size not in (1, 2, 4, 8) or offset + size > _PAST_END - 8:
+        raise UsageError(
+            f"the field {name} of the event {one.name}, {size} bytes at {offset}, cannot be read"
+        )
     return _load(data, places + offset, size)
 
 

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dataclasses from JSON that somebody else has written: each field of its type, or an error that says which.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+_PLAIN: Mapping[str, tuple[type, ...]] = {
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+}
+"""JSON's types of fields that are no list and no object; a bool is no int there."""
+
+_PAGE_SIZES = (4096, 16384, 65536)
+_MOST_ID = (1 << 31) - 1
+
+
+def known(kind: type, values: object) -> dict[str, Any]:
+    """The fields of a dataclass that are in an object; other names are passed over.
+
+    :raises TypeError: one is missing, or of another type
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"its {kind.__name__.lower()} is no object")
+    found = {}
+    for one in fields(kind):
+        if one.name in values:
+            value, types = values[one.name], _PLAIN.get(str(one.type), (object,))
+            right = isinstance(value, types) and (bool in types) >= isinstance(value, bool)
+            if not right or (isinstance(value, float) and not math.isfinite(value)):
+                raise TypeError(f"{one.name!r} in its {kind.__name__.lower()} is no {one.type}")
+            found[one.name] = value
+        elif one.default is MISSING and one.default_factory is MISSING:
+            raise TypeError(f"its {kind.__name__.lower()} has no {one.name!r}")
+    return found
+
+
+def threads(values: object) -> dict[int, tuple[int, str]]:
+    """Thread id → (process id or 0, name).
+
+    :raises ValueError, TypeError: they are not that
+    """
+    if not isinstance(values, dict):
+        raise TypeError("its threads are no object")
+    found = {int(tid): (int(pid), str(name)) for tid, (pid, name) in values.items()}
+    if any(not 0 <= number <= _MOST_ID for tid, (pid, _) in found.items() for number in (tid, pid)):
+        raise ValueError("a thread or process id is none")
+    return found
+
+
+def check_page_size(size: int) -> None:
+    """Whether a host can have such pages.
+
+    :raises ValueError: it cannot
+    """
+    if size not in _PAGE_SIZES:
+        raise ValueError(f"its page size is {size}; it must be {', '.join(map(str, _PAGE_SIZES))}")
