@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -111,3 +112,16 @@ def test_several_runs_can_be_chosen() -> None:
 @pytest.mark.parametrize("faults", [[], [Fault(0)]])
 def test_a_recording_with_next_to_nothing_has_a_page(faults: list[Fault]) -> None:
     parsed(made(recording_of(faults)))
+
+
+@pytest.mark.parametrize("name", ["architecture", "kernel", "source", "recorded", "format", "clock"])
+def test_no_fact_of_a_recording_becomes_markup(name: str) -> None:
+    """A cell that begins as one of the page's own would, for instance."""
+    hostile = "<td><img src=x onerror=alert(1)></td>{{DATA}}</script><script>alert(2)</script>"
+    facts: Any = {name: hostile}
+    one = recording_of([Fault(1, 5, 900)])
+    text = made(Recording(dataclasses.replace(one.metadata, **facts), one.faults))
+    parsed(text)
+    assert "<img" not in text
+    assert "<script>alert" not in text
+    assert text.count("<script") == 2

@@ -95,7 +95,7 @@ def _advice(plan: Plan) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
-    """A table; cells that begin with ``<`` are markup of this module."""
+    """A table; what is no ``_Markup`` is escaped."""
     cells = "".join(f'<th scope="col">{escape(one)}</th>' for one in head)
     body = "\n".join("<tr>" + "".join(_cell(one) for one in row) + "</tr>" for row in rows)
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
@@ -103,11 +103,15 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = ""
 
 
 def _cell(text: str) -> str:
-    return text if text.startswith("<td") else f"<td>{escape(text)}</td>"
+    return text if isinstance(text, _Markup) else f"<td>{escape(text)}</td>"
 
 
-def _bar(share: float) -> str:
-    return f'<td class="bar"><i style="width:{100 * share:.1f}%"></i></td>'
+class _Markup(str):
+    """A cell that this module has made; all others have what recordings say, whoever wrote them."""
+
+
+def _bar(share: float) -> _Markup:
+    return _Markup(f'<td class="bar"><i style="width:{100 * share:.1f}%"></i></td>')
 
 
 def _per_vcpu(recording: Recording, name: str) -> str:
