@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -23,7 +24,7 @@ from prefault.inject.vcpus import VcpuThread
 MIB = 1 << 20
 RANGES = (Range(1 << 32, MIB, 0, 256, 0), Range(1 << 30, MIB, 5, 256, 9))
 NO_PREDICTION = Prediction(0, 0, 0, 0, 0, 0, 0, 0, "given", "private/write")
-PLAN = Plan("aarch64", 4096, 4096, "union", 1, RANGES, NO_PREDICTION, True)
+PLAN = Plan(platform.machine(), 4096, 4096, "union", 1, RANGES, NO_PREDICTION, True)
 
 
 @dataclass
@@ -155,4 +156,19 @@ def test_a_process_without_a_vm_is_refused(plan: str, capsys: pytest.CaptureFixt
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, vmm: Vmm) -> None:
     (tmp_path / "x.json").write_text("{}")
     assert main(["apply", str(tmp_path / "x.json"), "--pid", "4711"]) == 2
+    assert not vmm.asked
+
+
+def test_a_plan_of_another_architecture_is_refused(
+    tmp_path: Path, vmm: Vmm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.json").write_text(dumps(replace(PLAN, architecture="riscv64")))
+    assert main(["apply", str(tmp_path / "x.json"), "--pid", "4711"]) == 2
+    assert "is of a host with riscv64" in capsys.readouterr().err
+    assert not vmm.asked
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_slice_is_a_number(number: str, plan: str, vmm: Vmm) -> None:
+    assert main(["apply", plan, "--pid", "4711", "--slice", number]) == 2
     assert not vmm.asked

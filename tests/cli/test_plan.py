@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,13 @@ def test_memslots_leave_devices_out(capsys: pytest.CaptureFixture[str]) -> None:
         (["--over", "some"], "none of union"),
         (["--memory", "tape/write"], "there are figures for"),
         (["-o", "nowhere/plan.json"], "no folder"),
+        (["-o", "-"], "not written to standard output"),
+        (["-o", "x" * 300], "File name too long"),
+        (["-o", "one", "--html", "./one"], "--output and --html are one file"),
+        (["--fault-cost", "nan"], "no number that can be reckoned with"),
+        (["--prefault-cost", "inf"], "is not in the range"),
+        (["--granule", "99999999T"], "largest block"),
+        (["--pid", "4711"], "has no fault of that process; it has those of 1"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -78,6 +88,27 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     assert main(["plan", "boot.parquet", *words]) == ExitCode.USAGE
     assert message in capsys.readouterr().err
+
+
+def test_one_vm_of_several_is_planned_by_its_process(capsys: pytest.CaptureFixture[str]) -> None:
+    one = recording_of([Fault(page, page) for page in range(100)])
+    one.faults.pid[50:] = 2
+    recording.write(one, Path("host.parquet"))
+    assert main(["plan", "host.parquet"]) == 0
+    assert "plan for one of them with --pid" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", "host.parquet", "--pid", "2", "--granule", "4K", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert min(one["ipa"] for one in plan["ranges"]) == 50 * 4096
+    assert "several-vms" not in {one["kind"] for one in plan["advice"]}
+
+
+def test_a_folder_that_may_not_be_written_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: path != Path("locked"))  # root may write anywhere
+    assert main(["plan", "boot.parquet", "-o", "locked/plan.json"]) == ExitCode.USAGE
+    assert "nothing may be written into the folder locked" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_recording_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,3 +136,11 @@ def test_all_files_are_written_or_none(capsys: pytest.CaptureFixture[str]) -> No
     with gzip.open("x.json.gz") as file:
         assert len(json.load(file)["traceEvents"]) > 1000
     assert "written: x.json.gz" in capsys.readouterr().out
+
+
+def test_a_terminal_that_knows_ascii_only_is_enough() -> None:
+    command = [sys.executable, "-m", "prefault", "plan", "boot.parquet", "--cap", "64K"]
+    told = subprocess.run(
+        command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=60
+    )
+    assert (told.returncode, "\\xb5s" in told.stdout) == (0, True), told.stderr

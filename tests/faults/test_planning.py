@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -302,6 +303,39 @@ def test_what_makes_a_plan_doubtful_is_told() -> None:
     assert {"lost-events", "nested-guests", "runs-differ"} <= advice(plan_of(one, other))
 
 
+def of_pids(*pids: int) -> Recording:
+    """A fault of each process, by one thread each, all of them vCPU 0."""
+    one = recording_of([Fault(page, page, tid=4 * page + 4) for page in range(len(pids))])
+    one.faults.pid = np.array(pids, np.int32)
+    return one
+
+
+@pytest.mark.parametrize(
+    ("pids", "says"),
+    [
+        ((1, 2, 2), "faults of 2 processes .2 of 2, 1 of 1."),
+        ((-1, 7), "faults of 2 processes"),
+        ((-1, -1), "2 vCPU threads for 1 vCPU number"),
+        ((7, 7), None),  # threads of one process come and go
+        ((-1,), None),
+    ],
+)
+def test_that_vms_are_thrown_together_is_told(pids: tuple[int, ...], says: str | None) -> None:
+    found = [one.text for one in plan_of(of_pids(*pids)).advice if one.kind == "several-vms"]
+    assert len(found) == (says is not None)
+    assert all(re.search(says, text) for text in found if says)
+
+
+def test_addresses_that_no_guest_has_are_left_out_and_told() -> None:
+    """Without nested paging, KVM's faults have the guest's virtual addresses."""
+    kernel = Fault(0xFFFF_FFFF_8100_0000 // 4096, 5)
+    plan = plan_of(recording_of([Fault(16), kernel], "x86_64"))
+    assert [one.ipa for one in plan.ranges] == [65536]
+    assert "no-guest-memory" in advice(plan)
+    last = plan_of(recording_of([Fault((1 << 52) // 4096 - 1)]), granule=12288)
+    assert [one.ipa + one.size for one in last.ranges] == [1 << 52]
+
+
 # What cannot be asked for.
 
 
@@ -309,6 +343,7 @@ def test_what_makes_a_plan_doubtful_is_told() -> None:
     ("config", "message"),
     [
         ({"granule": 6000}, "no multiple of the page size"),
+        ({"granule": 1 << 80}, "largest block"),
         ({"cap": 4096}, "less than one granule"),
         ({"over": "most"}, "none of union"),
         ({"over": "2-of-2"}, "there are 1 recording"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,8 @@ from rich.progress import (
 
 from prefault.cli import output
 from prefault.cli.interrupt import INTERRUPTED
-from prefault.errors import ExitCode
+from prefault.cli.values import Real
+from prefault.errors import ExitCode, UsageError
 from prefault.faults import plan as plans
 from prefault.inject.apply import Applied, Found, Process
 from prefault.report.units import plural
@@ -45,7 +47,7 @@ _SHOWN_FAILURES = 10
 @click.option(
     "--slice",
     "slice_ms",
-    type=click.FloatRange(min=0.5, max=1000),
+    type=Real(min=0.5, max=1000),
     metavar="MS",
     default=5.0,
     show_default=True,
@@ -67,7 +69,7 @@ def apply(*, plan: Path, pid: int, slice_ms: float, allow_seccomp: bool, dry_run
 
     One's own VMM calls prefault.inject.apply.apply(), without ptrace (docs/apply.md).
     """
-    ranges = [(one.ipa, one.size) for one in plans.load(plan).ranges]
+    ranges = _ranges(plan)
     with Process(pid, allow_seccomp=allow_seccomp) as process:
         found = process.find(stop=not dry_run)
         if dry_run:
@@ -82,6 +84,20 @@ def apply(*, plan: Path, pid: int, slice_ms: float, allow_seccomp: bool, dry_run
         click.get_current_context().exit(128 + done.signal if done.signal else INTERRUPTED)
     if any(one.error != "ENOENT" for one in done.failed):
         click.get_current_context().exit(ExitCode.OPERATING_ERROR)
+
+
+def _ranges(path: Path) -> list[tuple[int, int]]:
+    """What to pre-fault.
+
+    :raises UsageError: it is no plan, or of another architecture, whose guests have their memory elsewhere
+    """
+    plan = plans.load(path)
+    if plan.architecture != platform.machine():
+        raise UsageError(
+            f"{path}: is of a host with {plan.architecture}, and this one has {platform.machine()}: record "
+            "and plan on a host like this one"
+        )
+    return [(one.ipa, one.size) for one in plan.ranges]
 
 
 @contextlib.contextmanager

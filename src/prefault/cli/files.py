@@ -16,14 +16,25 @@ from prefault.errors import UsageError
 def check_target(path: Path, option: str, *, force: bool) -> None:
     """Whether a file can be written there, before any work is done.
 
-    :raises UsageError: it is there already, is no file, or its folder is missing
+    :raises UsageError: it is there already, is no file, or its folder is missing or read-only
     """
+    try:
+        _check_target(path, option, force=force)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}") from error
+
+
+def _check_target(path: Path, option: str, *, force: bool) -> None:
+    if str(path) == "-":
+        raise UsageError(f"{option} -: is not written to standard output; name a file")
     if path.exists() and not path.is_file():
         raise UsageError(f"{option} {path}: it must be a file, because it is written beside and renamed")
     if path.exists() and not force:
         raise UsageError(f"{option} {path}: is there already; name another file, or replace it with --force")
     if not path.parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {path}: nothing may be written into the folder {path.parent}")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import click
 
 from prefault.cli import output
 from prefault.cli.files import check_target, replacing
-from prefault.cli.values import Size, parse_size
+from prefault.cli.values import Real, Size, parse_size
 from prefault.errors import UsageError
 from prefault.faults.plan import dumps
 
@@ -31,6 +31,10 @@ Examples:
 \b
 Exit codes: 0 done, also if it does not pay (--json has "pays"), 2 usage or a file that is no recording,
 3 operating error."""
+
+
+MOST_NS = 1e12
+"""More than any fault costs."""
 
 
 class MemslotType(click.ParamType["tuple[int, int]"]):
@@ -59,6 +63,7 @@ class _Options(TypedDict):
     granule: int
     cap: int | None
     over: str
+    pid: tuple[int, ...]
     memslot: tuple[tuple[int, int], ...]
     memory: str
     fault_cost: float | None
@@ -88,6 +93,12 @@ class _Options(TypedDict):
     help="Of several recordings: what any run needed (union), all (intersection), or some (2-of-3).",
 )
 @click.option(
+    "--pid",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Take the faults of this process only, of recordings of a whole host. Repeatable: a run each.",
+)
+@click.option(
     "--memslot",
     type=MemslotType(),
     multiple=True,
@@ -101,10 +112,13 @@ class _Options(TypedDict):
     help="Backing and state of the memory when it is pre-faulted: private/nothing is never touched.",
 )
 @click.option(
-    "--fault-cost", type=click.FloatRange(min=0), metavar="NS", help="Cost of a fault; measured if not given."
+    "--fault-cost",
+    type=Real(min=0, max=MOST_NS),
+    metavar="NS",
+    help="Cost of a fault; measured if not given.",
 )
 @click.option(
-    "--prefault-cost", type=click.FloatRange(min=0), metavar="NS", help="Cost of pre-faulting a page."
+    "--prefault-cost", type=Real(min=0, max=MOST_NS), metavar="NS", help="Cost of pre-faulting a page."
 )
 @click.option(
     "--html",
@@ -131,9 +145,16 @@ def plan(**options: Unpack[_Options]) -> None:
 
     for name, path in _targets(options).items():
         check_target(path, f"--{name}", force=options["force"])
+    _refuse_one_file_twice(_targets(options))
     config = _config(options)
     with output.stderr().status("reading recordings"):
         recordings = [recording.read(path) for path in options["recordings"]]
+        if options["pid"]:
+            names = map(str, options["recordings"])
+            recordings = [
+                recording.of_processes(one, options["pid"], name)
+                for one, name in zip(recordings, names, strict=True)
+            ]
         made = make_plan(recordings, config)
         _write(made, recordings, options)
     _print(made, recordings, options)
@@ -143,6 +164,14 @@ def _targets(options: _Options) -> dict[str, Path]:
     """The files that are asked for, by option."""
     named = {"output": options["output"], "html": options["html"], "perfetto": options["perfetto"]}
     return {name: path for name, path in named.items() if path}
+
+
+def _refuse_one_file_twice(targets: dict[str, Path]) -> None:
+    seen: dict[Path, str] = {}
+    for name, path in targets.items():
+        other = seen.setdefault(path.resolve(), name)
+        if other != name:
+            raise UsageError(f"--{other} and --{name} are one file, {path}: name two")
 
 
 def _write(made: Made, recordings: list[Recording], options: _Options) -> None:

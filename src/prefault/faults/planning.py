@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from prefault.errors import UsageError
 from prefault.faults.costs import BLOCK, Costs, Given, costs
-from prefault.faults.plan import Advice, Plan, Prediction, Range
+from prefault.faults.plan import END, Advice, Plan, Prediction, Range
 from prefault.faults.recording import Recording
 from prefault.faults.syndrome import Kind
 from prefault.faults.working_set import Memslot, WorkingSet, working_set
@@ -21,6 +21,9 @@ from prefault.report.units import format_duration, plural, round_size
 
 PIECE = 32 << 20
 """No range crosses a multiple of this, so that the order of need is kept where memory is touched all over."""
+
+MOST_GRANULE = 1 << 30
+"""Larger ones would only map more."""
 
 WORTH_NS = 1e6
 """Less than this is not worth anybody's time."""
@@ -88,6 +91,8 @@ def make_plan(recordings: Sequence[Recording], config: PlanConfig) -> Made:
         if len(values) > 1:
             raise UsageError(f"the recordings are of different hosts: {what} {' and '.join(values)}")
     page_size = about[0].page_size
+    if config.granule > MOST_GRANULE:
+        raise UsageError(f"--granule {config.granule}: is more than {MOST_GRANULE} (1G), the largest block")
     if config.granule % page_size:
         raise UsageError(f"--granule {config.granule}: is no multiple of the page size, {page_size}")
     if config.cap is not None and config.cap < config.granule:
@@ -166,10 +171,8 @@ def _ranges(
 
 
 def _clipped(start: int, end: int, memslots: Sequence[Memslot]) -> Iterator[tuple[int, int]]:
-    """The parts of a range that are in memslots; all of it if none are known."""
-    if not memslots:
-        yield start, end
-    for slot in sorted(memslots, key=lambda slot: slot.ipa):
+    """The parts of a range that are in memslots; if none are known, all that a guest can have."""
+    for slot in sorted(memslots or (Memslot(0, END),), key=lambda slot: slot.ipa):
         low, high = max(start, slot.ipa), min(end, slot.ipa + slot.size)
         if low < high:
             yield low, high
@@ -330,6 +333,15 @@ def _about_the_recordings(recordings: Sequence[Recording], sets: Sequence[Workin
         yield Advice(
             "lost-events", f"{plural(lost, 'event')} of the recordings were lost: the guest took more faults"
         )
+    yield from _several_vms(recordings)
+    beyond = sum(int(np.count_nonzero(one.faults.ipa >= END)) for one in recordings)
+    if beyond:
+        yield Advice(
+            "no-guest-memory",
+            f"{plural(beyond, 'fault')} at 2^52 and above, where no guest has memory, are left out: the host "
+            "seems to run without nested paging (ept=0, npt=0), so that all addresses are the guest's "
+            "virtual ones, and this plan is of no use",
+        )
     nested = sum(int(np.count_nonzero(one.faults.nested == 1)) for one in recordings)
     if nested:
         yield Advice(
@@ -352,6 +364,33 @@ def _about_the_recordings(recordings: Sequence[Recording], sets: Sequence[Workin
                 "runs-differ",
                 f"only {share:.0%} of the pages that any run needed are needed by all of them: what one run "
                 "needed tells little about the next",
+            )
+
+
+def _several_vms(recordings: Sequence[Recording]) -> Iterator[Advice]:
+    """Addresses of two VMs have nothing to do with each other."""
+    for number, one in enumerate(recordings, 1):
+        which = f"recording {number}" if len(recordings) > 1 else "the recording"
+        pids, count = np.unique(one.faults.pid, return_counts=True)
+        if len(pids) > 1:
+            most = np.argsort(-count, kind="stable")[:5]
+            shares = ", ".join(f"{count[at]:,} of {pids[at] if pids[at] >= 0 else 'unknown'}" for at in most)
+            yield Advice(
+                "several-vms",
+                f"{which} has faults of {len(pids)} processes ({shares}), each with memory of its own, which "
+                "this plan throws together: plan for one of them with --pid",
+            )
+        if len(pids) != 1 or pids[0] >= 0:
+            continue
+        known = one.faults.vcpu >= 0
+        vcpu, tid = one.faults.vcpu[known].astype(np.int64), one.faults.tid[known].astype(np.int64)
+        threads = len(np.unique(vcpu << 32 | tid))
+        if threads > len(np.unique(vcpu)):
+            yield Advice(
+                "several-vms",
+                f"{which} has {threads} vCPU threads for {plural(len(np.unique(vcpu)), 'vCPU number')}: it "
+                "seems to be of several VMs, which this plan throws together; record the threads of one "
+                "(prefault record --pid, trace-cmd record -P, perf record -p)",
             )
 
 

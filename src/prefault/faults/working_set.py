@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from prefault.faults.plan import END
 from prefault.faults.recording import Recording
 from prefault.faults.syndrome import Access, Kind
 
@@ -66,7 +67,7 @@ def working_set(recording: Recording, memslots: Sequence[Memslot] = ()) -> Worki
     """Find it."""
     faults, size = recording.faults, recording.metadata.page_size
     start = int(faults.time_ns[0]) if len(faults) else 0
-    ordinary = (faults.kind == Kind.TRANSLATION) & (faults.nested != 1)
+    ordinary = (faults.kind == Kind.TRANSLATION) & (faults.nested != 1) & (faults.ipa < np.uint64(END))
     if memslots:
         ordinary &= inside(faults.ipa, memslots)
         devices = np.empty(0, np.uint64)
