@@ -59,6 +59,42 @@ def test_standard_input_is_read() -> None:
     assert recording.read(Path("faults.parquet")).metadata.source == "standard input"
 
 
+def test_a_closed_standard_input_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["record", "--from", "-"]) == ExitCode.USAGE
+    assert "standard input is closed" in capsys.readouterr().err
+
+
+def test_a_damaged_capture_from_a_pipe_is_told_as_from_a_file() -> None:
+    data = (DATA / "walk.capture").read_bytes()
+    damaged = captured.MAGIC + b"\xff" * 64 + data
+    Path("x.capture").write_bytes(damaged)
+    command = [sys.executable, "-m", "prefault", "record", "--from"]
+    of_file = subprocess.run([*command, "x.capture"], capture_output=True, text=True, timeout=60)
+    of_pipe = subprocess.run([*command, "-"], input=damaged, capture_output=True, timeout=60)
+    assert (of_file.returncode, of_pipe.returncode) == (2, 2)
+    assert f"damaged at byte {len(captured.MAGIC)}" in of_file.stderr
+    assert f"damaged at byte {len(captured.MAGIC)}" in of_pipe.stderr.decode()
+
+
+@pytest.mark.parametrize("name", [b"[", b"]x", b"[x].d", b"[red]", b"\xff\x80"])
+def test_any_name_of_a_file_will_do(name: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(os.fsdecode(name + b"[")) / "b]"
+    folder.mkdir(parents=True)
+    source, target = folder / os.fsdecode(name), folder / "x [1].parquet"
+    source.write_bytes((DATA / "walk.trace-cmd").read_bytes())
+    assert main(["record", "--from", str(source), "-o", str(target)]) == 0
+    shown = str(target).encode(errors="backslashreplace").decode()
+    assert f"next: prefault plan '{shown}'" in capsys.readouterr().out
+    assert (
+        main(["plan", str(target), "--html", str(folder / "x.html"), "--perfetto", str(folder / "x.json")])
+        == 0
+    )
+    json.loads((folder / "x.json").read_text())
+
+
 def test_bad_lines_and_losses_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     text = (DATA / "walk.tracefs").read_text() + "garbage\nCPU:1 [LOST 12 EVENTS]\n"
     Path("trace").write_text(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -93,6 +94,9 @@ lab.add_command(bisectable)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``prefault`` and return its exit status."""
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As standard error has it: names of files may be no text, and terminals may know no "µs".
+        sys.stdout.reconfigure(errors="backslashreplace")
     argv = list(sys.argv[1:] if arguments is None else arguments)
     ctx: click.Context | None = None
     status: int = ExitCode.DONE

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
+from rich.markup import escape
 
 from prefault.cli import output
 from prefault.cli.files import check_target
 from prefault.cli.interrupt import INTERRUPTED
-from prefault.cli.values import Size, parse_size
+from prefault.cli.values import Real, Size, parse_size
 from prefault.errors import UsageError
 from prefault.faults.capture import CaptureConfig, Captured, Listener, State, capture
 from prefault.faults.captured import Head, Page
@@ -54,7 +56,7 @@ class _Options(TypedDict):
 
 @click.command(epilog=EPILOG)
 @click.option("--pid", type=click.IntRange(min=1), help="Record this VMM; all of the host if not given.")
-@click.option("--seconds", type=click.FloatRange(min=0.01), help="How long; until Ctrl-C if not given.")
+@click.option("--seconds", type=Real(min=0.01), help="How long; until Ctrl-C if not given.")
 @click.option(
     "--from",
     "source",
@@ -181,7 +183,7 @@ def _shown() -> Iterator[Shown]:
 
 
 def _rescue(spool: Path) -> str:
-    return f"`prefault record --from {spool}` reads it"
+    return f"`prefault record --from {shlex.quote(str(spool))}` reads it"
 
 
 def _record(spool: Path, options: _Options) -> Captured:
@@ -208,12 +210,13 @@ def _convert(source: Path, options: _Options, ended: Captured) -> None:
     from prefault.faults import recording
     from prefault.faults.convert import convert
 
-    with output.stderr().status(f"reading {source}") as status:
+    name = escape(str(source))
+    with output.stderr().status(f"reading {name}") as status:
         size = source.stat().st_size if source.is_file() else 0
 
         def on_bytes(done: int) -> None:
             status.update(
-                f"reading {source}: {100 * done // size if size else done >> 20} {'%' if size else 'MiB'}"
+                f"reading {name}: {100 * done // size if size else done >> 20} {'%' if size else 'MiB'}"
             )
 
         found = convert(source, options["page_size"], on_bytes)
@@ -239,7 +242,8 @@ def _print(found: Converted, target: Path, ended: Captured) -> None:
         console.print(summary_table(found.recording, counted))
         for line in summary_lines(found.recording, counted):
             console.print(line, soft_wrap=True)
-        console.print(f"written to {target}; next: prefault plan {target}", soft_wrap=True)
+        written = f"written to {target}; next: prefault plan {shlex.quote(str(target))}"
+        console.print(written, soft_wrap=True, markup=False)
     _warn(found, ended)
 
 
@@ -250,9 +254,10 @@ def _warn(found: Converted, ended: Captured) -> None:
     if found.cut_off:
         click.echo("the capture was cut off: its end, and the number of lost events, are not known", err=True)
     if about.lost_events:
+        lost = f"{plural(about.lost_events, 'event')} {'was' if about.lost_events == 1 else 'were'} LOST"
         click.echo(
-            f"{plural(about.lost_events, 'event')} were LOST: there were more faults than are recorded; "
-            "give the kernel more room (--buffer 64M; trace-cmd -b; perf -m)",
+            f"{lost}: there were more faults than are recorded; give the kernel more room "
+            "(--buffer 64M; trace-cmd -b; perf -m)",
             err=True,
         )
     if about.bad_lines:

@@ -8,7 +8,9 @@ that another tool reads (trace.dat, perf.data, compressed), or has no stage-2 fa
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,12 +70,14 @@ def convert(path: Path, page_size: int = 4096, on_bytes: OnBytes | None = None) 
     """
     try:
         if str(path) == "-":
+            if sys.stdin is None:
+                raise UsageError("--from -: standard input is closed; give it a trace, or name a file")
             with open(sys.stdin.fileno(), "rb", closefd=False) as file:
                 return _convert(file, Path("standard input"), page_size, on_bytes)
         with path.open("rb") as file:
             return _convert(file, path, page_size, on_bytes)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
+        raise UsageError(f"{path}: {error.strerror or error}") from error
 
 
 def convert_bytes(data: bytes, name: str, page_size: int = 4096) -> Converted:
@@ -92,7 +96,7 @@ def _convert(file: BufferedReader, path: Path, page_size: int, on_bytes: OnBytes
         return _of_capture(file, path)
     for magic, what, remedy in _OTHER_FILES:
         if begin.startswith(magic):
-            raise UsageError(f"{path}: is {what}; run `{remedy.format(path)}`")
+            raise UsageError(f"{path}: is {what}; run `{remedy.format(shlex.quote(str(path)))}`")
     return _of_text(file, path, page_size, on_bytes)
 
 
@@ -107,7 +111,7 @@ def _of_text(file: BinaryIO, path: Path, page_size: int, on_bytes: OnBytes | Non
     metadata = Metadata(
         architecture=_architecture(trace.events, path),
         page_size=page_size,
-        source=path.name,
+        source=os.fsencode(path.name).decode(errors="replace"),
         format=trace.format,
         recorded=when,
         seconds=_span(trace.events),

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from prefault.faults.recording import Recording
 from prefault.faults.syndrome import ACCESSES, KINDS
-from prefault.report.units import format_duration, format_size
+from prefault.report.units import format_duration, format_size, plural
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ def summary(recording: Recording) -> Summary:
 def summary_table(recording: Recording, found: Summary) -> Table:
     """For people."""
     about = recording.metadata
-    table = Table(title=f"{found.faults:,} stage-2 faults in {about.seconds:.3g} s", title_justify="left")
+    table = Table(
+        title=f"{plural(found.faults, 'stage-2 fault')} in {about.seconds:.3g} s", title_justify="left"
+    )
     table.add_column("")
     for name in (*ACCESSES, "all"):
         table.add_column(name, justify="right")
@@ -74,7 +76,8 @@ def summary_lines(recording: Recording, found: Summary) -> list[str]:
     about = recording.metadata
     memory = format_size(found.pages * about.page_size)
     lines = [
-        f"{found.vcpus} vCPUs or threads; {found.pages:,} pages of {format_size(about.page_size)} ({memory})"
+        f"{found.vcpus} {'vCPU or thread' if found.vcpus == 1 else 'vCPUs or threads'}; "
+        f"{plural(found.pages, 'page')} of {format_size(about.page_size)} ({memory})"
     ]
     if found.timed:
         share = "" if found.timed == found.faults else f" ({found.timed:,} of the faults have a duration)"
