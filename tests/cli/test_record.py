@@ -147,10 +147,50 @@ def test_a_machine_without_tracefs_is_told_what_it_takes(
     assert left() == []
 
 
+def test_who_may_not_look_into_tracefs_is_told_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Root may look everywhere, so that it is a name that nobody can look up."""
+    monkeypatch.setattr(tracefs, "TRACEFS", tmp_path / ("x" * 300))
+    assert main(["record", "--seconds", "1"]) == ExitCode.MISSING
+    assert "root, a mounted tracefs" in capsys.readouterr().err
+
+
+def test_a_process_of_somebody_else_is_not_said_to_have_no_vm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = os.access
+    monkeypatch.setattr(os, "access", lambda path, how: not str(path).endswith("/fd") and mine(path, how))
+    assert main(["record", "--pid", "1"]) == ExitCode.MISSING
+    assert "run as root" in capsys.readouterr().err
+
+
+def standalone(*words: str) -> subprocess.CompletedProcess[str]:
+    """The part that needs the standard library only."""
+    argv = [sys.executable, "-m", "prefault.faults.capture", *words]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60)
+
+
+def test_capturing_by_itself_overwrites_nothing() -> None:
+    Path("boot.capture").write_text("precious")
+    done = standalone("--output", "boot.capture")
+    assert (done.returncode, "is there already" in done.stderr) == (ExitCode.USAGE, True), done.stderr
+    assert Path("boot.capture").read_text() == "precious"
+
+
+def test_capturing_by_itself_fails_with_a_message(tmp_path: Path) -> None:
+    done = standalone("--output", "nowhere/boot.capture")
+    assert (done.returncode, done.stderr.count("\n")) == (ExitCode.OPERATING_ERROR, 1), done.stderr
+    assert "nowhere/boot.capture: No such file or directory" in done.stderr
+    assert standalone("--output", "x", "--seconds", "nan").returncode == ExitCode.USAGE
+    assert standalone("--output", "x", "--pid", str(os.getpid())).returncode == ExitCode.USAGE
+    assert left() == []
+
+
 class FakeCapture:
     """Plays a capture that is there, as if it were live; then ends, or fails."""
 
-    def __init__(self, why: str = "time", error: OSError | None = None) -> None:
+    def __init__(self, why: str = "time", error: BaseException | None = None) -> None:
         self._why = why
         self._error = error
         self.config: CaptureConfig | None = None
@@ -203,6 +243,19 @@ def test_a_full_disk_leaves_what_was_captured_and_says_how_to_read_it(
     assert "record --from faults.parquet.capture" in capsys.readouterr().err
     assert left() == ["faults.parquet.capture"]
     assert main(["record", "--from", "faults.parquet.capture"]) == 0
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_an_end_in_the_middle_says_where_the_capture_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, status: int
+) -> None:
+    try:
+        found = live(monkeypatch, FakeCapture(error=error))
+    except SystemExit as leave:
+        found = int(str(leave.code))
+    assert found == status
+    assert "`prefault record --from faults.parquet.capture` reads it" in capsys.readouterr().err
+    assert left() == ["faults.parquet.capture"]
 
 
 def test_a_capture_that_is_still_there_is_not_overwritten(

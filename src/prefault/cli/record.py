@@ -195,14 +195,14 @@ def _record(spool: Path, options: _Options) -> Captured:
     with spool.open("wb") as sink, _shown() as show:
         try:
             return capture(sink, config, _Counting(show))
-        except OSError:
-            click.echo(f"what was captured is in {spool}: {rescue}", err=True)
-            raise
-        finally:
-            with contextlib.suppress(OSError):  # a full disk has been told already
+        except BaseException:  # a full disk, SIGTERM, or Ctrl-C when it was at its end already
+            with contextlib.suppress(OSError):
                 sink.flush()
             if spool.stat().st_size == 0:
                 spool.unlink()
+            else:
+                click.echo(f"what was captured is in {spool}: {rescue}", err=True)
+            raise
 
 
 def _convert(source: Path, options: _Options, ended: Captured) -> None:

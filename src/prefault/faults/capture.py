@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, NoReturn
 
-from prefault.errors import CapabilityMissing, PrefaultError, UsageError
+from prefault.errors import CapabilityMissing, ExitCode, PrefaultError, UsageError
 from prefault.faults import captured
 from prefault.faults.captured import Head, Kind, Layout, Page, Tail
 from prefault.kvm import tracefs
@@ -121,9 +121,12 @@ def check_process(pid: int) -> None:
     """Whether a process can be watched.
 
     :raises UsageError: it is not there, or has no VM
+    :raises CapabilityMissing: this user may not see whether it has
     """
     if not (PROC / str(pid)).is_dir():
         raise UsageError(f"--pid {pid}: there is no such process")
+    if not os.access(PROC / str(pid) / "fd", os.R_OK | os.X_OK):
+        raise CapabilityMissing(f"--pid {pid}: whether that process has a VM may not be seen: run as root")
     if not _has_vm(pid):
         others = ", ".join(map(str, processes_with_vms()))
         raise UsageError(
@@ -170,15 +173,14 @@ class _Source:
     """The trace instance, set up; its pages."""
 
     def __init__(self, config: CaptureConfig) -> None:
-        events = tracefs.TRACEFS / "events/kvm"
-        self.fault_event = next((name for name in FAULT_EVENTS if (events / name).is_dir()), "")
+        self.fault_event = next((name for name in FAULT_EVENTS if tracefs.has(f"events/kvm/{name}")), "")
         if not self.fault_event:
             raise CapabilityMissing(
-                f"{events} has neither of {', '.join(FAULT_EVENTS)}: recording needs root, a mounted "
-                "tracefs, KVM (modprobe kvm_intel or kvm_amd on x86) and a kernel with CONFIG_FTRACE"
+                f"{tracefs.TRACEFS}/events/kvm has neither of {', '.join(FAULT_EVENTS)}: recording needs root, "
+                "a mounted tracefs, KVM (modprobe kvm_intel or kvm_amd on x86) and a kernel with CONFIG_FTRACE"
             )
         wanted = (self.fault_event, *(_TIMING_EVENTS if config.durations else ()), *_OTHER_EVENTS)
-        self.names = [name for name in wanted if (events / name).is_dir()]
+        self.names = [name for name in wanted if tracefs.has(f"events/kvm/{name}")]
         self._instance = tracefs.Instance("recording stage-2 faults")
         try:
             self._set_up(config)
@@ -417,15 +419,32 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="file to write")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, _terminate)
+    if given.seconds is not None and not 0 < given.seconds < float("inf"):
+        parser.error(f"--seconds {given.seconds}: must be more than 0")
     config = CaptureConfig(given.pid, given.seconds, not given.no_durations, given.buffer_kib << 10)
     try:
-        with given.output.open("wb") as sink:
-            ended = capture(sink, config, _Saying())
+        ended = _into_new_file(given.output, config)
     except PrefaultError as error:
-        given.output.unlink(missing_ok=True)
         print(f"prefault.faults.capture: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"prefault.faults.capture: {given.output}: {error.strerror}", file=sys.stderr)
+        sys.exit(ExitCode.OPERATING_ERROR)
     print(f"{ended.events} events in {ended.seconds:.1f} s, {ended.lost} lost ({ended.why})", file=sys.stderr)
+
+
+def _into_new_file(path: Path, config: CaptureConfig) -> Captured:
+    """Capture into a file that is not there yet, and not afterwards if nothing could be captured."""
+    try:
+        sink = path.open("xb")
+    except FileExistsError:
+        raise UsageError(f"{path}: is there already; name another file, or remove it") from None
+    try:
+        with sink:
+            return capture(sink, config, _Saying())
+    finally:
+        if path.stat().st_size == 0:
+            path.unlink()
 
 
 def _terminate(number: int, _: FrameType | None) -> NoReturn:

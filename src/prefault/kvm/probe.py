@@ -123,7 +123,7 @@ def _host_facts() -> Facts:
         memfd=_memfd(),
         userfaultfd=_userfaultfd(),
         stage2_tables=False,
-        fault_tracing=any((tracefs.TRACEFS / event.path).is_dir() for event in (tracing.ARM64, tracing.X86)),
+        fault_tracing=any(tracefs.has(event.path) for event in (tracing.ARM64, tracing.X86)),
     )
 
 

@@ -21,6 +21,17 @@ PROC = Path("/proc")
 _numbers = itertools.count()
 
 
+def has(event: str) -> bool:
+    """Whether there is such an event, as far as this user may see: ``events/kvm/kvm_exit``.
+
+    Ordinary users may not look into tracefs at all, for which Path.is_dir() would raise.
+    """
+    try:
+        return (TRACEFS / event).is_dir()
+    except OSError:
+        return False
+
+
 class Instance:
     """A trace instance, made when this is.
 

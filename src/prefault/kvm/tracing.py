@@ -95,7 +95,7 @@ class TraceInstance:
 
     def __init__(self, event: FaultEvent, events: int) -> None:
         self._event = event.path
-        if not (tracefs.TRACEFS / self._event).is_dir():
+        if not tracefs.has(self._event):
             raise CapabilityMissing(
                 f"{tracefs.TRACEFS / self._event} is not there, so stage-2 faults cannot be counted; it "
                 "needs root, a mounted tracefs, and a kernel with KVM and CONFIG_FTRACE or "
