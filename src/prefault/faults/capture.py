@@ -176,8 +176,9 @@ class _Source:
         self.fault_event = next((name for name in FAULT_EVENTS if tracefs.has(f"events/kvm/{name}")), "")
         if not self.fault_event:
             raise CapabilityMissing(
-                f"{tracefs.TRACEFS}/events/kvm has neither of {', '.join(FAULT_EVENTS)}: recording needs root, "
-                "a mounted tracefs, KVM (modprobe kvm_intel or kvm_amd on x86) and a kernel with CONFIG_FTRACE"
+                f"{tracefs.TRACEFS}/events/kvm has neither of {', '.join(FAULT_EVENTS)}: recording needs "
+                "root, a mounted tracefs, KVM (modprobe kvm_intel or kvm_amd on x86) and a kernel with "
+                "CONFIG_FTRACE"
             )
         wanted = (self.fault_event, *(_TIMING_EVENTS if config.durations else ()), *_OTHER_EVENTS)
         self.names = [name for name in wanted if tracefs.has(f"events/kvm/{name}")]
