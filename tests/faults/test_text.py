@@ -101,6 +101,21 @@ def test_cpus_without_an_event_are_not_bad() -> None:
     assert (len(found.events), found.bad_lines, found.format) == (1, 0, "trace-cmd")
 
 
+@pytest.mark.parametrize("prefix", ["host.dat: ", "          "])
+def test_several_files_or_buffers_in_one_report_are_read(prefix: str) -> None:
+    """trace-cmd report -i host.dat -i guest.dat, or of trace-cmd record -B."""
+    event = FAULT.replace("d..1.", "")
+    report = f"{prefix}cpus=2\nguest.dat: cpus=1\n{prefix}{event}{prefix}CPU:1 [7 EVENTS DROPPED]\n{event}"
+    found = read(report)
+    assert (len(found.events), found.lost, found.bad_lines, found.format) == (2, 7, 0, "trace-cmd")
+    assert found.events.tid.tolist() == [7, 7]
+
+
+def test_a_bad_line_is_shown_without_what_a_terminal_would_obey() -> None:
+    (bad,) = read(FAULT + "\x1b]0;title\x07\x1b[2Jgone\t\x9b1m\n").bad
+    assert bad.text == "\ufffd]0;title\ufffd\ufffd[2Jgone \ufffd1m"
+
+
 PAGE_FAULT = "CPU 0/KVM 7 [001] 12.345678: kvm:kvm_page_fault: vcpu 0 rip 0x4 address 0x1000 error_code "
 
 

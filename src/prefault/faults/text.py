@@ -35,15 +35,19 @@ _SHOWN = 5
 """How many bad lines are kept, to be shown."""
 
 _LOST = re.compile(
-    r"^CPU:\d+ \[(?:LOST )?(?:(\d+) )?EVENTS(?: DROPPED)?\]"
+    r"^(?:.*: )? *CPU:\d+ \[(?:LOST )?(?:(\d+) )?EVENTS(?: DROPPED)?\]"
     r"|PERF_RECORD_LOST\w*:? *(?:lost )?(\d+)?"
     r"|^Processed \d+ (?:events and lost (\d+) chunks|samples and lost )",
 )
 _OVERWRITTEN = re.compile(r"^# entries-in-buffer/entries-written: (\d+)/(\d+)")
 _HEADINGS = re.compile(
-    r"^(?:#|cpus=\d|CPU \d+ is empty|version = \d|Trace clock|trace-cmd|uname|\t| => |Warning:"
+    r"^(?:#|(?:.*: )? *cpus=\d|CPU \d+ is empty|version = \d|Trace clock|trace-cmd|uname|\t| => |Warning:"
     r"|Check IO/CPU overload!|\s*$)"
 )
+
+
+_TRACE_CMD = re.compile(r"^(?:(?:.*: )? *cpus=\d|trace-cmd)")
+"""Of several files or buffers, trace-cmd puts the name before each line, or as many spaces."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ class _Reader:
                 self._bad(text, begins, ends, int(index), 1)
             if line.startswith("# tracer:"):
                 self._marks["tracefs"] += 1
-            elif line.startswith(("cpus=", "trace-cmd")):
+            elif _TRACE_CMD.match(line):
                 self._marks["trace-cmd"] += CHUNK
         self._loss_lines = np.array(losses, np.int64)
 
@@ -181,7 +185,8 @@ class _Reader:
         self._trace.bad_lines += count
         if len(self._trace.bad) < _SHOWN:
             begin, end = int(begins[index]), int(ends[index])
-            shown = text.slice(begin, min(end, begin + 160)).rstrip("\r\0")
+            shown = text.slice(begin, min(end, begin + 160)).rstrip("\r\0").replace("\t", " ")
+            shown = "".join(one if one.isprintable() else "\ufffd" for one in shown)  # a terminal obeys some
             self._trace.bad.append(BadLine(self._trace.lines + index + 1, shown))
 
     def _events(self, text: Text, lines: _Lines) -> tuple[Events, Flags, Flags]:
