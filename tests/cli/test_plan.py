@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -144,3 +145,16 @@ def test_a_terminal_that_knows_ascii_only_is_enough() -> None:
         command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=60
     )
     assert (told.returncode, "\\xb5s" in told.stdout) == (0, True), told.stderr
+
+
+@pytest.mark.parametrize("option", ["-o", "--html", "--perfetto"])
+def test_a_full_disk_is_told_with_the_file_that_it_would_have_been(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert main(["plan", "boot.parquet", option, "wanted"]) == ExitCode.OPERATING_ERROR
+    assert "No space left on device: wanted; make room or name another place" in capsys.readouterr().err
+    assert [path.name for path in Path.cwd().iterdir()] == ["boot.parquet"]

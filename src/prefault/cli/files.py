@@ -49,5 +49,8 @@ def replacing(path: Path) -> Iterator[IO[str]]:
             with beside.open("w", encoding="utf-8") as file:
                 yield file
         beside.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # one of write() has none
+        raise
     finally:
         beside.unlink(missing_ok=True)

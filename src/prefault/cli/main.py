@@ -49,10 +49,10 @@ Exit codes:
   125  the lab was lost
   130  interrupted"""
 
-SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE}
+SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE, errno.EFBIG}
 """What the machine around may answer at any time: a message will do, a traceback would only hide it."""
 
-_REMEDY = "make room (`prefault lab clean`) or another place (XDG_CACHE_HOME), then try again"
+_REMEDY = "make room or name another place (the lab's: `prefault lab clean`, XDG_CACHE_HOME), then try again"
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

@@ -184,6 +184,9 @@ def write(recording: Recording, path: Path) -> None:
         beside.replace(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{path}: {error.strerror or error}; the folder must be there") from error
+    except OSError as error:
+        error.filename = str(path)  # one of write() has none
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
