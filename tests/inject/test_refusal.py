@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from prefault.errors import NotTraceable, UsageError
+from prefault.errors import NotTraceable, ProcessLost, UsageError
 from prefault.inject import refusal
+from prefault.inject.apply import Process
 from tests.inject.children import python
 from tests.inject.test_tracee import FILTER, traced
 
@@ -128,3 +129,26 @@ def test_a_32_bit_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setattr(refusal, "PROC", tmp_path)
     with pytest.raises(NotTraceable, match="32-bit"):
         refusal.check_word_size(77)
+
+
+UNNAMEABLE = b"vcpu \xc3\x9c\xff\x85 0"
+"""A name of 15 bytes is cut off where it is, in the middle of a character, too."""
+
+
+@pytest.mark.usefixtures("any_process_is_a_vmm")
+def test_a_thread_may_have_any_name() -> None:
+    code = f"import ctypes; ctypes.CDLL(None).prctl(15, {UNNAMEABLE!r}, 0, 0, 0); ready(); sys.stdin.read()"
+    with python(code) as child:
+        refusal.check(child.pid, allow_seccomp=False)
+        assert not refusal.has_ended(refusal.status(child.pid))
+
+
+@pytest.mark.usefixtures("any_process_is_a_vmm")
+def test_a_vmm_that_ends_after_it_was_looked_at_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusal, "check", lambda *_, **__: None)
+    with pytest.raises(ProcessLost, match="4000000 ended before anything was done"):
+        Process(4_000_000)
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait()  # its number is not given to another in so short a time
+        with pytest.raises(ProcessLost, match="ended"):
+            Process(child.pid)

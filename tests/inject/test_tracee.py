@@ -51,6 +51,16 @@ def test_the_call_is_the_threads_own() -> None:
         assert one.call(Call(0, (1000, 0, 0))).errno == 9
 
 
+def test_thread_and_mapped_files_may_have_any_name(tmp_path: Path) -> None:
+    file = os.fsencode(tmp_path) + "/\u2028\x0c x".encode() + b"\xff"
+    code = (
+        f"import mmap; f = open({file!r}, 'wb+'); f.truncate(4096); m = mmap.mmap(f.fileno(), 4096)\n"
+        "ctypes.CDLL(None).prctl(15, b'\\xff\\x85', 0, 0, 0); ready(); sys.stdin.read()"
+    )
+    with python(code) as child, tracee(child.pid) as one:
+        assert one.call(Call(GETPID, ())).result == child.pid
+
+
 def test_memory_goes_in_and_comes_out() -> None:
     with python("ready(); sys.stdin.read()") as child, tracee(child.pid) as one:
         answer = one.call(Call(GETTIME, (1, 0), bytes(16), pointer=1))

@@ -45,6 +45,17 @@ def test_a_thread_in_kvm_run_is_known_by_its_descriptor(proc: Path) -> None:
     assert found == [VcpuThread(0, 6, 12, certain=True), VcpuThread(1, 5, 11, certain=True)]
 
 
+def test_names_that_are_no_text_are_read(proc: Path) -> None:
+    thread(proc, 11, "0 0x0 0x0")
+    for name in ("comm", "stat"):
+        file = proc / str(PID) / "task/11" / name
+        file.write_bytes(file.read_bytes().replace(b"vmm", b"\xff\x85 vcpu0"))
+    assert vcpus.find(PID, Descriptors(3, {0: 5}), None) == [VcpuThread(0, 5, 11, certain=False)]
+    threads = capture._Threads(PID)
+    threads.look(0)
+    assert threads.seen == {11: (PID, "\ufffd\ufffd vcpu0")}
+
+
 def test_a_thread_of_the_kernels_own_is_no_vcpus(proc: Path) -> None:
     """That of KVM on x86 has a copy of a vCPU thread's registers, and so seems to be in KVM_RUN."""
     thread(proc, 11, "running")

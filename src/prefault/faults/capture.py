@@ -151,8 +151,8 @@ class _Threads:
         for pid in processes_with_vms() if self._pid is None else [self._pid]:
             for thread in threads_of(pid):
                 with contextlib.suppress(OSError):
-                    comm = (PROC / str(pid) / "task" / str(thread) / "comm").read_text().rstrip("\n")
-                    self.seen[thread] = (pid, comm)
+                    comm = (PROC / str(pid) / "task" / str(thread) / "comm").read_text(errors="replace")
+                    self.seen[thread] = (pid, comm.rstrip("\n"))
 
     def add_saved(self, saved: dict[int, tuple[int, str]]) -> None:
         """Add what the kernel remembers of threads that were gone when they were looked for."""

@@ -200,10 +200,12 @@ class Process:
         cpu.host()
         self.pid = pid
         self._suspend_seccomp = allow_seccomp
-        self._known = vcpus.descriptors(pid)
         try:
+            self._known = vcpus.descriptors(pid)
             self._memory = Memory(pid)
         except OSError as error:
+            if refusal.has_ended(refusal.status(pid)):
+                raise ProcessLost(f"process {pid} ended before anything was done") from error
             raise NotTraceable(f"the memory of process {pid} may not be read and written") from error
         try:
             self._instruction, self._end = find_instruction(self._memory), find_end(self._memory)

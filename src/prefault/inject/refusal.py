@@ -23,7 +23,7 @@ def status(pid: int, tid: int | None = None) -> dict[str, str]:
     """/proc/PID/status, or a thread's, as a mapping; empty if it is gone."""
     folder = PROC / str(pid) if tid is None else PROC / str(pid) / "task" / str(tid)
     try:
-        lines = (folder / "status").read_text().splitlines()
+        lines = (folder / "status").read_text(errors="replace").splitlines()
     except OSError:
         return {}
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -40,7 +40,7 @@ def check(pid: int, *, allow_seccomp: bool) -> None:
     about = status(pid)
     if not about:
         raise UsageError(f"there is no process {pid}")
-    if about["State"].startswith(("Z", "X")):
+    if has_ended(about):
         raise UsageError(f"process {pid} has ended, and its parent has not yet taken note (a zombie)")
     if about.get("Tgid") != str(pid):
         raise UsageError(f"{pid} is a thread of process {about.get('Tgid')}: give that process")
@@ -49,6 +49,11 @@ def check(pid: int, *, allow_seccomp: bool) -> None:
     check_word_size(pid)
     for tid in threads_of(pid):
         _check_thread(pid, tid, allow_seccomp=allow_seccomp)
+
+
+def has_ended(about: dict[str, str]) -> bool:
+    """Whether a process is gone, or a zombie."""
+    return about.get("State", "X").startswith(("Z", "X"))
 
 
 def check_rights(pid: int, about: dict[str, str]) -> None:

@@ -335,7 +335,7 @@ def _ends(tid: int) -> bool:
     end = time.monotonic() + _SOON_S
     while time.monotonic() < end:
         try:
-            state = (PROC / str(tid) / "stat").read_text().rpartition(")")[2].split()[0]
+            state = (PROC / str(tid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
         except OSError:
             return True
         if state in "ZX":
@@ -477,7 +477,7 @@ class _Injection:
                 return any(ptrace.get_registers(self._tid, ptrace.NT_ARM_GCS)[:8])
             return False
         with contextlib.suppress(OSError):
-            return "shstk" in (PROC / str(self._tid) / "status").read_text()
+            return "shstk" in (PROC / str(self._tid) / "status").read_text(errors="replace")
         return False
 
     def _resumed(self) -> dict[str, int]:
@@ -710,7 +710,7 @@ def mappings(pid: int) -> list[Mapping]:
     """What a process has mapped; nothing if it is gone."""
     found = []
     with contextlib.suppress(OSError):
-        for line in (PROC / str(pid) / "maps").read_text().splitlines():
+        for line in (PROC / str(pid) / "maps").read_text(errors="replace").rstrip("\n").split("\n"):
             span, access, *rest = line.split(maxsplit=5)
             start, _, end = span.partition("-")
             found.append(Mapping(int(start, 16), int(end, 16), access, rest[3] if len(rest) > 3 else ""))

@@ -186,6 +186,6 @@ def _flags(stat: str) -> int:
 
 def _read(pid: int, tid: int, name: str) -> str:
     try:
-        return (PROC / str(pid) / "task" / str(tid) / name).read_text()
+        return (PROC / str(pid) / "task" / str(tid) / name).read_text(errors="replace")
     except OSError:
         return ""
