@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 import prefault
+from prefault.lab import payload
 
 ROOT = Path(prefault.__file__).parent
 INSIDE_THE_LAB = (
     *("abi", "kvm", "guest", "scenarios", "soak", "bench", "vmm", "machine", "errors", "inject"),
-    *("faults/__init__", "faults/capture", "faults/captured", "faults/plan"),
+    *("faults/__init__", "faults/capture", "faults/captured", "faults/foreign", "faults/plan"),
 )
 CARRIED = {"fdt"}
 """Pure-Python libraries that the lab's payload carries."""
@@ -70,6 +71,17 @@ def test_what_runs_inside_the_lab_needs_the_standard_library_only(file: Path) ->
 def test_what_runs_inside_the_lab_imports_nothing_that_does_not(file: Path) -> None:
     parts = {_part(name) for name in _imports(file)} - {None}
     assert not parts & {"cli", "lab", "report"}
+
+
+def test_what_runs_inside_the_lab_is_carried_there() -> None:
+    carried = {entry.name.partition("/")[2] for entry in payload.package()}
+    missing = {
+        name
+        for file in _cases(INSIDE_THE_LAB)
+        for name in _imports(file)
+        if (ROOT.parent / (path := f"{name.replace('.', '/')}.py")).exists() and path not in carried
+    }
+    assert missing == set()
 
 
 @pytest.mark.parametrize("file", _cases(tuple(FORBIDDEN)), ids=lambda file: str(file.relative_to(ROOT)))

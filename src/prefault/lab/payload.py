@@ -21,7 +21,7 @@ _HOST_ONLY = ("cli", "conform", "report")
 """Parts of the package that need more than the standard library."""
 _PARTS_OF = {
     "lab": ("__init__.py", "agent.py", "frames.py"),
-    "faults": ("__init__.py", "capture.py", "captured.py", "plan.py"),
+    "faults": ("__init__.py", "capture.py", "captured.py", "foreign.py", "plan.py"),
 }
 """Where only some modules of a part do without more."""
 _LIBRARIES = (fdt,)
