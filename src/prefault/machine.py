@@ -332,6 +332,29 @@ class Userfault(Protocol):
     ) -> None: ...
 
 
+class Held(Protocol):
+    """An invalidation of the VMM's memory that does not come to its end until it is released.
+
+    MMU notifiers have been told that it begins, and are not told that it ends: whoever would map what it
+    finds there has to wait. Make and close it in the same thread.
+    """
+
+    def interrupt(self) -> None:
+        """Send a signal to the thread that has made this, for the call that it is in."""
+
+    def release(self) -> None:
+        """Let the invalidation end. Any thread may, again, too."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
 class Child(Protocol):
     """A child process of the VMM, which has its memory as it was at the fork."""
 
@@ -407,6 +430,14 @@ class Vm(Protocol):
         self, gpa: int, size: int, mode: UserfaultMode, handler: UserfaultHandler
     ) -> Userfault:
         """Have the faults of the VMM on ``[gpa, gpa+size)``, which lies in one memslot, served."""
+
+    def hold_invalidation(self, gpa: int, size: int) -> Held:
+        """Drop the pages of ``[gpa, gpa+size)`` as Advice.DONTNEED does, and stay in the middle of it.
+
+        The range lies in one memslot of private memory, and is large: tens of thousands of pages.
+
+        :raises CapabilityMissing: the host cannot be made to stay there
+        """
 
     def get_dirty_log(self, slot: int) -> list[int]:
         """Page numbers, relative to the slot, written since the last call."""

@@ -17,6 +17,7 @@ from prefault.guest.program import EnterL2, L2Mapping, Program
 from prefault.kvm import device, host, memory, stage2, tracing
 from prefault.kvm.descriptor import Descriptor
 from prefault.kvm.device import Device
+from prefault.kvm.held import HeldInvalidation
 from prefault.kvm.memory import Memory
 from prefault.kvm.tracing import KvmFaultCounter
 from prefault.kvm.userfault import Userfault
@@ -202,6 +203,11 @@ class AnyVm(Descriptor):
         made = Userfault(self.hva_of(gpa), gpa, size, mode, handler, self._page_size)
         self._userfaults.append(made)
         return made
+
+    def hold_invalidation(self, gpa: int, size: int) -> HeldInvalidation:
+        """Drop the pages of ``[gpa, gpa+size)`` as Advice.DONTNEED does, and stay in the middle of it."""
+        self._slot_of(gpa, size)
+        return HeldInvalidation(self.hva_of(gpa), size, self._page_size)
 
     def _slot_of(self, gpa: int, size: int) -> _Slot:
         for slot in list(self._slots.values()):  # Another thread may be changing them.

@@ -1,7 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold, as short programs over machine.py. Importing this lists all of them."""
 
-from prefault.scenarios import memory, nested, ordinary, races, refusals, reset, shapes, tlbi, userfault
+from prefault.scenarios import (
+    lasting,
+    memory,
+    nested,
+    ordinary,
+    races,
+    refusals,
+    reset,
+    shapes,
+    tlbi,
+    userfault,
+)
 from prefault.scenarios.scenario import SCENARIOS, Outcome, Scenario, Stage, perform
 
 __all__ = [
@@ -9,6 +20,7 @@ __all__ = [
     "Outcome",
     "Scenario",
     "Stage",
+    "lasting",
     "memory",
     "nested",
     "ordinary",

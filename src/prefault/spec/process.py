@@ -6,6 +6,7 @@ Mirrors: mm/madvise.c, mm/mprotect.c, mm/vma.c, mm/ksm.c, mm/khugepaged.c, mm/me
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Iterator
 from dataclasses import replace
@@ -69,6 +70,13 @@ class Process(Mm):
         with self._invalidation(start, end):
             self._zap(start, end)
         return 0
+
+    @contextlib.contextmanager
+    def held_dontneed(self, start: int, end: int) -> Iterator[None]:
+        """MADV_DONTNEED of private memory that is in its middle as long as this is open."""
+        with self._invalidation(start, end):
+            yield
+            self._zap(start, end)
 
     def remove(self, start: int, end: int) -> int:
         """MADV_REMOVE: punch a hole into the file of a shared mapping; 0 or a negative errno.

@@ -20,7 +20,7 @@ from prefault.spec.state import INVALID, KvmState, Slot
 def prefault_resident(kvm: KvmState, ipa: int, end: int) -> int:
     """Map resident pages from ``ipa`` on that share one level-3 table; where that ended."""
     slot = kvm.slot_at(ipa)
-    if slot is None or slot.gmem or slot.flags & INVALID:
+    if slot is None or slot.gmem or slot.flags & INVALID or kvm.mmu_invalidate_in_progress:
         return ipa
     vma = kvm.host.mm.vma_lookup(slot.hva_of(ipa))
     if vma is None or vma.pfn or vma.hugetlb or vma.thp or not vma.readable:

@@ -106,6 +106,8 @@ class Host:
         self.memory = PhysicalMemory(config.granule.page_shift)
         self.mm = Process(self.memory)
         self.signal_pending = False
+        self.in_call = False
+        """Whether a system call of KVM is there to be interrupted."""
         self._sigbus = False
 
     def send_sigbus(self) -> None:

@@ -101,7 +101,7 @@ def _wait_for_threads(name: str, ready: Callable[[], bool]) -> None:
 class Resched:
     """A loop that ends only if somebody else goes on; alone, it must not be taken for ever."""
 
-    _PATIENCE = 100
+    _ALONE = 100
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -113,8 +113,11 @@ class Resched:
             _scheduler.step("resched")
             return
         self._tries += 1
-        if self._tries > self._PATIENCE:
+        others = threading.active_count() > 1
+        if self._tries > (_PATIENCE / _POLL if others else self._ALONE):
             raise Violation(f"no progress: {self._what} is tried again and again, and nobody else runs")
+        if others:
+            LOCK.wait(_POLL)
 
 
 class Sequence:

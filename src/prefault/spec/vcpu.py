@@ -180,10 +180,14 @@ class SpecVcpu:
     def pre_fault_memory_once(self, gpa: int, size: int, flags: int = 0) -> PreFaultProgress:
         """One KVM_PRE_FAULT_MEMORY call; never raises for what the kernel answers."""
         with LOCK:
-            initialised = self._config.initialised
-            return PreFaultProgress(
-                *kvm_vcpu_pre_fault_memory(self._kvm, gpa, size, flags, initialised=initialised)
-            )
+            host, initialised = self._kvm.host, self._config.initialised
+            host.in_call = True
+            try:
+                return PreFaultProgress(
+                    *kvm_vcpu_pre_fault_memory(self._kvm, gpa, size, flags, initialised=initialised)
+                )
+            finally:
+                host.in_call = host.signal_pending = False  # on the way out, its handler runs
 
     def pre_fault_memory(self, gpa: int, size: int) -> None:
         """Pre-fault ``[gpa, gpa+size)``, calling again while the kernel reports progress.

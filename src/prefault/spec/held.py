@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An invalidation of the VMM's memory that lasts as long as it is wanted."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Self
+
+from prefault.spec.state import Host
+from prefault.spec.steps import LOCK
+
+
+class SpecHeld:
+    """MADV_DONTNEED of a range of private memory that is in its middle from the start, until ``release``."""
+
+    def __init__(self, host: Host, hva: int, size: int) -> None:
+        self._host = host
+        self._running = ExitStack()
+        with LOCK:
+            self._running.enter_context(host.mm.held_dontneed(hva, hva + size))
+
+    def interrupt(self) -> None:
+        """Send a signal to the thread that has made this, for the call that it is in."""
+        with LOCK:
+            # Outside of a call, its handler runs, and that is all.
+            self._host.signal_pending = self._host.in_call
+
+    def release(self) -> None:
+        """Let the invalidation end. Any thread may, again, too."""
+        with LOCK:
+            self._running.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
