@@ -176,6 +176,46 @@ def pages_behind_a_block_hold_what_the_host_wrote(stage: Stage) -> None:
     stage.holds(values == expected, f"the guest read {values}")
 
 
+@scenarios("M1", "M9", cases=[(between,) for between in ("hole", "zero-page", "pages")])
+def blocks_that_are_not_neighbours_hold_what_the_host_wrote(stage: Stage, between: str) -> None:
+    """The host has a block on either side of one that it has in another way, or not at all."""
+    middle, last = DATA + stage.block, DATA + 2 * stage.block
+    vm = stage.vm(MemoryRegion(1, DATA, 3 * stage.block, Backing.THP, Resident.WRITE))
+    offsets = (0, 7 * stage.page, stage.block - stage.page)
+    for ipa in (DATA, middle, last):
+        for offset in offsets:
+            vm.write_memory(ipa + offset, (ipa + offset).to_bytes(8, "little"))
+    vm.advise(middle, stage.page if between == "pages" else stage.block, Advice.DONTNEED)
+    if between == "zero-page":
+        vm.advise(middle, stage.block, Advice.POPULATE_READ)
+    where = [ipa + offset for ipa in (DATA, middle, last) for offset in offsets]
+    steps = [step for ipa in where for step in (Read(ipa), Report())]
+    vcpu = stage.vcpu(vm, Marker(0), *steps)
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, 3 * stage.block)
+    leaves = stage.shown_leaves(vm)
+    ends = (*leaves[:1], *leaves[-1:])
+    stage.holds(all(leaf.block for leaf in ends), f"no blocks at either end: {leaves}")
+    values = stage.finish(vcpu)
+    expected = [int.from_bytes(vm.read_memory(ipa, 8), "little") for ipa in where]
+    stage.holds(values == expected, f"the guest read {values}, the host has {expected}")
+    stage.holds(values[0] == DATA and values[-1] == where[-1], f"the guest read {values}")
+
+
+@scenario("M5", "M9")
+def a_block_that_is_mapped_in_pages_stays_so_beside_one_that_is_not_mapped(stage: Stage) -> None:
+    """It was mapped while dirty pages were logged. A page of it that is mapped is not faulted again."""
+    size = 2 * stage.block
+    vm = stage.vm(MemoryRegion(1, DATA, size, Backing.THP, Resident.WRITE, SlotFlags.LOG_DIRTY_PAGES))
+    vcpu = stage.vcpu(vm, Marker(0))
+    stage.pre_fault(vcpu, DATA + stage.block, stage.block)
+    vm.set_user_memory_region(MemoryRegion(1, DATA, size, Backing.THP, Resident.WRITE))
+    stage.pre_fault(vcpu, DATA, size)
+    found = [(leaf.ipa, leaf.size, leaf.block) for leaf in stage.shown_leaves(vm)]
+    expected = [(DATA, stage.block, True), (DATA + stage.block, stage.block, False)]
+    stage.holds(found in (expected, []), f"not a block and pages: {found}")
+
+
 _IPA_BITS = (32, 33, 36, 39, 40, 41, 42, 44, 47, 48, 49, 52)
 
 
