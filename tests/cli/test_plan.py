@@ -147,6 +147,14 @@ def test_a_terminal_that_knows_ascii_only_is_enough() -> None:
     assert (told.returncode, "\\xb5s" in told.stdout) == (0, True), told.stderr
 
 
+def test_a_source_that_is_no_text_does_not_stop_the_page() -> None:
+    one = recording_of([Fault(1, 5, 9000)], source="\udcff.txt")
+    recording.write(one, Path("x.parquet"))
+    assert main(["plan", "x.parquet", "--html", "x.html", "--perfetto", "x.json", "-o", "x.plan"]) == 0
+    assert "\\udcff.txt" in Path("x.html").read_text(encoding="utf-8")
+    assert plans.load(Path("x.plan")).sources == ("\udcff.txt",)
+
+
 @pytest.mark.parametrize("option", ["-o", "--html", "--perfetto"])
 def test_a_full_disk_is_told_with_the_file_that_it_would_have_been(
     option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

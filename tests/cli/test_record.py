@@ -95,6 +95,12 @@ def test_any_name_of_a_file_will_do(name: bytes, capsys: pytest.CaptureFixture[s
     json.loads((folder / "x.json").read_text())
 
 
+def test_what_to_do_about_a_compressed_pipe_names_no_file_that_is_not_there() -> None:
+    command = [sys.executable, "-m", "prefault", "record", "--from", "-"]
+    done = subprocess.run(command, input=b"\x1f\x8b\x08" + bytes(99), capture_output=True, timeout=60)
+    assert (done.returncode, b"run `zcat FILE > trace.txt`" in done.stderr) == (ExitCode.USAGE, True)
+
+
 def test_bad_lines_and_losses_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     text = (DATA / "walk.tracefs").read_text() + "garbage\nCPU:1 [LOST 12 EVENTS]\n"
     Path("trace").write_text(text)

@@ -43,10 +43,12 @@ def replacing(path: Path) -> Iterator[IO[str]]:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.suffix == ".gz":
-            with gzip.open(beside, "wt", compresslevel=6, encoding="utf-8") as packed:
+            with gzip.open(
+                beside, "wt", compresslevel=6, encoding="utf-8", errors="backslashreplace"
+            ) as packed:
                 yield packed
         else:
-            with beside.open("w", encoding="utf-8") as file:
+            with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 yield file
         beside.replace(path)
     except OSError as error:

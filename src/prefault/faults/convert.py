@@ -39,6 +39,9 @@ _OTHER_FILES = (
 )
 """How a file begins, what it is, and what makes it readable."""
 
+_STDIN = Path("standard input")
+"""What it is called."""
+
 _VCPU = re.compile(r"v?cpu\D{0,2}(\d{1,4})", re.IGNORECASE)
 """Names of vCPU threads: ``CPU 0/KVM`` (QEMU), ``fc_vcpu 0`` (Firecracker), ``vcpu0`` (Cloud Hypervisor),
 ``crosvm_vcpu0``, ``kvm-vcpu-0`` (kvmtool)."""
@@ -73,7 +76,7 @@ def convert(path: Path, page_size: int = 4096, on_bytes: OnBytes | None = None) 
             if sys.stdin is None:
                 raise UsageError("--from -: standard input is closed; give it a trace, or name a file")
             with open(sys.stdin.fileno(), "rb", closefd=False) as file:
-                return _convert(file, Path("standard input"), page_size, on_bytes)
+                return _convert(file, _STDIN, page_size, on_bytes)
         with path.open("rb") as file:
             return _convert(file, path, page_size, on_bytes)
     except OSError as error:
@@ -96,7 +99,8 @@ def _convert(file: BufferedReader, path: Path, page_size: int, on_bytes: OnBytes
         return _of_capture(file, path)
     for magic, what, remedy in _OTHER_FILES:
         if begin.startswith(magic):
-            raise UsageError(f"{path}: is {what}; run `{remedy.format(shlex.quote(str(path)))}`")
+            name = "FILE" if path == _STDIN else shlex.quote(str(path))
+            raise UsageError(f"{path}: is {what}; run `{remedy.format(name)}`")
     return _of_text(file, path, page_size, on_bytes)
 
 
