@@ -72,7 +72,8 @@ def _transfers(draw: st.DrawFn) -> Line:
 
 @st.composite
 def _control(draw: st.DrawFn) -> Line:
-    rn, offset, condition = draw(registers), draw(branches), draw(st.sampled_from(list(a64.Condition)))
+    rt, rn, offset = draw(registers), draw(registers), draw(branches)
+    condition = draw(st.sampled_from(list(a64.Condition)))
     immediate, near = draw(st.integers(0, 0xFFFF)), draw(st.integers(-(1 << 20), (1 << 20) - 1))
     return draw(
         st.sampled_from(
@@ -90,6 +91,8 @@ def _control(draw: st.DrawFn) -> Line:
                 ("tlbi vmalls12e1", a64.tlbi_vmalls12e1()),
                 (f"tlbi ipas2e1, x{rn}", a64.tlbi_ipas2e1(rn)),
                 (f"tlbi ripas2e1, x{rn}", a64.tlbi_ripas2e1(rn)),
+                (f"ldg x{rt}, [x{rn}]", a64.ldg(rt, rn)),
+                (f"stg x{rt}, [x{rn}]", a64.stg(rt, rn)),
             ]
         )
     )
@@ -122,7 +125,7 @@ def test_every_encoding_is_the_cross_assemblers(
 def _assemble(texts: list[str], folder: Path) -> list[int]:
     source, object_file, binary = folder / "a.s", folder / "a.o", folder / "a.bin"
     source.write_text("\n".join(texts) + "\n")
-    subprocess.run([AS, "-march=armv8.5-a", "-o", object_file, source], check=True)
+    subprocess.run([AS, "-march=armv8.5-a+memtag", "-o", object_file, source], check=True)
     subprocess.run([OBJCOPY, "-O", "binary", "-j", ".text", object_file, binary], check=True)
     code = binary.read_bytes()
     return [int.from_bytes(code[at : at + 4], "little") for at in range(0, len(code), 4)]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -10,22 +11,24 @@ import pytest
 from prefault.lab.machine import MachineOptions
 from tests.lab.inside_job import Outcomes, judge, names, outcomes
 
-MODULES = {
-    "checks_kvm": "nested",
-    "checks_nested": "nested",
-    "checks_prefault": "nested",
-    "checks_walk": "nested",
-    "checks_pkvm": "protected",
-}
-"""And KVM's mode that each is about."""
 HUGE_PAGES = ("hugepagesz=32M", "hugepages=2", "hugepagesz=1G", "hugepages=1")
+_NESTED = MachineOptions(memory_mib=3072, mode="nested", append=HUGE_PAGES)
+MODULES = {
+    "checks_kvm": _NESTED,
+    "checks_nested": _NESTED,
+    "checks_prefault": _NESTED,
+    "checks_walk": _NESTED,
+    "checks_mte": MachineOptions(memory_mib=1024, mode="nested", mte=True),
+    "checks_pkvm": dataclasses.replace(_NESTED, mode="protected"),
+}
+"""And the machine that each is about."""
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
 
 @functools.cache
 def _outcomes(module: str) -> Outcomes:
-    return outcomes(module, MachineOptions(memory_mib=3072, mode=MODULES[module], append=HUGE_PAGES))
+    return outcomes(module, MODULES[module])
 
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module in MODULES for name in names(module)])

@@ -192,6 +192,16 @@ def hvc(immediate: int) -> int:
     return 0xD4000002 | _field(immediate, 16, "immediate") << 5
 
 
+def ldg(rt: int, rn: int) -> int:
+    """LDG Xt, [Xn]: the tag of the granule at Xn goes into bits 59 to 56 of Xt."""
+    return 0xD9600000 | _register(rn) << 5 | _register(rt)
+
+
+def stg(rt: int, rn: int) -> int:
+    """STG Xt, [Xn]: the granule at Xn gets the tag in bits 59 to 56 of Xt."""
+    return 0xD9200800 | _register(rn) << 5 | _register(rt)
+
+
 def isb() -> int:
     """ISB."""
     return 0xD5033FDF
