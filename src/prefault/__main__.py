@@ -3,6 +3,18 @@
 
 import sys
 
-from prefault.cli.main import main
+INTERRUPTED = 130
 
-sys.exit(main())
+
+def run() -> int:
+    """Run ``prefault``. Ctrl-C has its message also in the moment that it takes to begin."""
+    try:
+        from prefault.cli.main import main
+    except KeyboardInterrupt:
+        print("prefault: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

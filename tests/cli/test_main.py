@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import errno
+import importlib.abc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import click
 import pytest
 
 from prefault import __version__
+from prefault.__main__ import run
 from prefault.cli import output
 from prefault.cli.interrupt import INTERRUPTED
 from prefault.cli.main import BROKEN_PIPE, main, root
@@ -217,3 +220,26 @@ sys.exit(main(["sleep"]))
         child.terminate()
         assert child.wait(30) == 128 + signal.SIGTERM
     assert (tmp_path / "cleaned").exists()
+
+
+class InterruptsImports(importlib.abc.MetaPathFinder):
+    """Ctrl-C, at the moment that a module is looked for."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "prefault.cli.main":
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_it_begins_has_its_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "prefault.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [InterruptsImports(), *sys.meta_path])
+    assert run() == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "prefault: interrupted\n"
+
+
+def test_the_installed_command_is_the_module() -> None:
+    with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
+        scripts = tomllib.load(file)["project"]["scripts"]
+    assert scripts == {"prefault": f"{run.__module__}:{run.__name__}"}
