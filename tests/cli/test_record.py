@@ -101,6 +101,12 @@ def test_what_to_do_about_a_compressed_pipe_names_no_file_that_is_not_there() ->
     assert (done.returncode, b"run `zcat FILE > trace.txt`" in done.stderr) == (ExitCode.USAGE, True)
 
 
+def test_a_trace_is_not_replaced_by_its_recording() -> None:
+    Path("trace").write_bytes((DATA / "walk.tracefs").read_bytes())
+    assert main(["record", "--from", "./trace", "-o", "trace", "--force"]) == ExitCode.USAGE
+    assert Path("trace").read_bytes() == (DATA / "walk.tracefs").read_bytes()
+
+
 def test_bad_lines_and_losses_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     text = (DATA / "walk.tracefs").read_text() + "garbage\nCPU:1 [LOST 12 EVENTS]\n"
     Path("trace").write_text(text)

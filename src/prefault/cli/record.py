@@ -103,6 +103,8 @@ def record(**options: Unpack[_Options]) -> None:
     check_target(target, "--output", force=options["force"])
     if options["source"] is not None:
         _refuse_live_options()
+        if target.exists() and options["source"].exists() and target.samefile(options["source"]):
+            raise UsageError(f"--output {target}: is the trace itself; name another file")
         _convert(options["source"], options, Captured("file", 0, 0, 0))
         return
     spool = target.with_name(target.name + SUFFIX)
