@@ -6,13 +6,16 @@ drops many pages is between them most of the time, though, and is preempted ther
 on a CPU of its own until the first page is gone, then another task with a higher priority takes that CPU. If
 the last page is there by then, the thread is in the middle, and stays there.
 
-It takes two CPUs, and real-time priorities, which root has. Failure modes: a machine on which the thread
-always comes to its end first; then this is CapabilityMissing, after some tries.
+It takes two CPUs, and real-time priorities, which root has. Failure modes, all CapabilityMissing: a machine
+on which the thread always comes to its end first, after some tries; and a kernel that drops pages under the
+mmap lock (before Linux 6.17), where the VMM could map nothing meanwhile, and would wait for itself. That is
+tried out once, with a task that soon ends by itself.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import signal
 import struct
@@ -32,8 +35,15 @@ _PRESENT = 1 << 63
 """In one of its entries."""
 _LOW, _HIGH = 1, 2
 """Real-time priorities: of who invalidates, and of who keeps it from that."""
-_SPIN = "ulimit -t 60; read go; echo; while :; do :; done"
-"""Says when it runs, and then runs: for a minute at most, should nobody be left to end it."""
+_SPIN = "ulimit -t {}; read go; echo; while :; do :; done"
+"""Says when it runs, and then runs, for so many seconds at most."""
+_SECONDS = 60
+"""Should nobody be left to end it."""
+_TRIAL_SECONDS = 5
+_HOLDS_LOCK = (
+    "this kernel drops pages under the mmap lock, so that an invalidation that is held stops the whole VMM; "
+    "it takes a kernel that drops them under the lock of the VMA (Linux 6.17)"
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -43,6 +53,9 @@ class HeldInvalidation:
 
     :raises CapabilityMissing: the kernel cannot be made to stay there
     """
+
+    _leaves_mmap_lock: bool | None = None
+    """Whether others can map memory while pages are dropped, once that is known."""
 
     def __init__(self, hva: int, size: int, page_size: int) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -66,17 +79,33 @@ class HeldInvalidation:
     def _hold(self, cpu: int) -> None:
         """Try until the invalidation is in its middle."""
         os.sched_setaffinity(0, self._cpus - {cpu})
+        if HeldInvalidation._leaves_mmap_lock is None:
+            HeldInvalidation._leaves_mmap_lock = self._can_map_meanwhile(cpu)
+        if not HeldInvalidation._leaves_mmap_lock:
+            raise CapabilityMissing(_HOLDS_LOCK)
+        self._until_held(cpu, _SECONDS)
+
+    def _can_map_meanwhile(self, cpu: int) -> bool:
+        """Hold one, map a page, and see who was first: this, or the end of the spinner."""
+        spinner = self._until_held(cpu, _TRIAL_SECONDS)
+        mmap.mmap(-1, self._page_size).close()
+        found = spinner.runs()
+        self.release()
+        return found
+
+    def _until_held(self, cpu: int, seconds: int) -> _Spinner:
         for _ in range(_TRIES):
             mapping.advise(*self._range, mapping.MADV_POPULATE_READ, "MADV_POPULATE_READ")
-            if self._try(cpu):
-                return
+            spinner = _Spinner(cpu, seconds)
+            if self._try(cpu, spinner):
+                return spinner
             self.release()
         raise CapabilityMissing(
             f"in {_TRIES} tries no invalidation could be stopped in its middle; is the machine very busy?"
         )
 
-    def _try(self, cpu: int) -> bool:
-        self._spinner = spinner = _Spinner(cpu)
+    def _try(self, cpu: int, spinner: _Spinner) -> bool:
+        self._spinner = spinner
         self._thread = thread = threading.Thread(target=self._drop, args=(cpu,), daemon=True)
         thread.start()
         with _PAGEMAP.open("rb", buffering=0) as pagemap:
@@ -129,9 +158,9 @@ class HeldInvalidation:
 class _Spinner:
     """A process that, when told to, takes a CPU for itself."""
 
-    def __init__(self, cpu: int) -> None:
+    def __init__(self, cpu: int, seconds: int) -> None:
         # Not a child of fork(2), which would take the leaves of private memory.
-        command = ("/bin/sh", "-c", _SPIN)
+        command = ("/bin/sh", "-c", _SPIN.format(seconds))
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             os.sched_setaffinity(self._process.pid, {cpu})
@@ -147,6 +176,10 @@ class _Spinner:
         self._process.stdin.flush()
         if not self._process.stdout.readline():
             raise PrefaultError("the process that keeps a CPU busy ended; it needs /bin/sh")
+
+    def runs(self) -> bool:
+        """Whether it still has the CPU."""
+        return self._process.poll() is None
 
     def kill(self) -> None:
         """Give the CPU back."""
