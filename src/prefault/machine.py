@@ -355,6 +355,25 @@ class Held(Protocol):
     ) -> None: ...
 
 
+class Preemption(Protocol):
+    """Takes the CPU away from pre-faults."""
+
+    def pre_fault(self, vcpu: Vcpu, gpa: int, size: int, meanwhile: Callable[[], None]) -> None:
+        """Pre-fault a range up to its end or an error, and call ``meanwhile`` at some moment of that.
+
+        The pre-fault does not go on before ``meanwhile`` returns, unless one waits for the other.
+        """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
 class Child(Protocol):
     """A child process of the VMM, which has its memory as it was at the fork."""
 
@@ -437,6 +456,12 @@ class Vm(Protocol):
         The range lies in one memslot of private memory, and is large: tens of thousands of pages.
 
         :raises CapabilityMissing: the host cannot be made to stay there
+        """
+
+    def preempt(self) -> Preemption:
+        """Pre-fault with interruptions by somebody with a higher priority.
+
+        :raises CapabilityMissing: nobody can have one
         """
 
     def get_dirty_log(self, slot: int) -> list[int]:

@@ -19,6 +19,7 @@ from prefault.kvm.descriptor import Descriptor
 from prefault.kvm.device import Device
 from prefault.kvm.held import HeldInvalidation
 from prefault.kvm.memory import Memory
+from prefault.kvm.preempt import Preemption
 from prefault.kvm.tracing import KvmFaultCounter
 from prefault.kvm.userfault import Userfault
 from prefault.kvm.vcpu import AnyVcpu, Vcpu
@@ -208,6 +209,10 @@ class AnyVm(Descriptor):
         """Drop the pages of ``[gpa, gpa+size)`` as Advice.DONTNEED does, and stay in the middle of it."""
         self._slot_of(gpa, size)
         return HeldInvalidation(self.hva_of(gpa), size, self._page_size)
+
+    def preempt(self) -> Preemption:
+        """Pre-fault with interruptions by somebody with a higher priority."""
+        return Preemption()
 
     def _slot_of(self, gpa: int, size: int) -> _Slot:
         for slot in list(self._slots.values()):  # Another thread may be changing them.

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from prefault.errors import CapabilityMissing
+from prefault.guest.port import Reported
 from prefault.guest.program import Marker, Report, Walk, Write
 from prefault.machine import (
     Access,
@@ -283,3 +284,50 @@ def signals_never_lose_progress(stage: Stage, backing: Backing) -> None:
         leaves = stage.leaves(vm)
         stage.holds(sum(leaf.size for leaf in leaves) == region.size, "a page was left out")
     stage.holds(stage.faults(vm, vcpu).total == 0, "the guest faulted on memory that is mapped")
+
+
+_MOMENTS = 60
+_AROUND = 16
+"""Pages that the fault of one page of a file brings in."""
+
+
+@scenarios(
+    "M12",
+    cases=[
+        (Backing.PRIVATE, True),
+        (Backing.PRIVATE, False),
+        (Backing.THP, True),
+        (Backing.FILE_PRIVATE, False),
+        (Backing.GUEST_MEMFD, True),
+        (Backing.GUEST_MEMFD, False),
+    ],
+)
+def what_is_dropped_at_any_moment_of_a_prefault_is_not_mapped(
+    stage: Stage, backing: Backing, resident: bool
+) -> None:
+    """The guest reads what the host has written since: who maps an older page is noticed."""
+    size = stage.block if backing is Backing.THP else 4 * PAGES * stage.page
+    drop = Advice.REMOVE if backing is Backing.GUEST_MEMFD else Advice.DONTNEED
+    # Of a file, only one page in so many takes the path that all of this is about.
+    looked_at = range(
+        DATA, DATA + size, _AROUND * stage.page if backing is Backing.FILE_PRIVATE else size // PAGES
+    )
+    moments = range(1, 1 + (4 * _MOMENTS if backing is Backing.FILE_PRIVATE else _MOMENTS))
+    vm = stage.vm(MemoryRegion(1, DATA, size, backing))
+    vcpu = stage.vcpu(vm, *(len(moments) * (Walk(DATA, size, looked_at.step), Report())))
+
+    def renew(value: int) -> None:
+        vm.advise(DATA, size, drop)
+        for gpa in looked_at:
+            vm.write_memory(gpa, value.to_bytes(8, "little"))
+
+    with vm.preempt() as preempted:
+        for moment in moments:
+            vm.advise(DATA, size, drop)
+            if resident:
+                vm.advise(DATA, size, Advice.POPULATE_WRITE)
+            preempted.pre_fault(vcpu, DATA, size, partial(renew, moment))
+            event, expected = stage.proceed(vcpu), moment * len(looked_at)
+            stage.holds(
+                event == Reported(expected), f"the guest read {event}, not what sums up to {expected}"
+            )

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An invalidation of the VMM's memory that lasts as long as it is wanted."""
+"""Invalidations of the VMM's memory that last as long as they are wanted, or that come at some moment."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Self
 
+from prefault.machine import Vcpu
 from prefault.spec.state import Host
 from prefault.spec.steps import LOCK
 
@@ -35,3 +37,22 @@ class SpecHeld:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+class SpecPreemption:
+    """Takes no CPU away: what comes at some moment comes afterwards. `prefault explore` tries all moments."""
+
+    def pre_fault(self, vcpu: Vcpu, gpa: int, size: int, meanwhile: Callable[[], None]) -> None:
+        """Pre-fault a range up to its end or an error, then call ``meanwhile``."""
+        while size:
+            progress = vcpu.pre_fault_memory_once(gpa, size)
+            if progress.errno:
+                break
+            gpa, size = progress.gpa, progress.size
+        meanwhile()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass

@@ -30,7 +30,7 @@ from prefault.machine import (
 from prefault.spec import backing, memslots, nested, ptdump, unmap
 from prefault.spec.cpu import EC_IABT, EC_SHIFT, WNR
 from prefault.spec.descriptors import AF, LAST_LEVEL, S2AP_R, S2AP_W, TABLE, XN, Prot, executable
-from prefault.spec.held import SpecHeld
+from prefault.spec.held import SpecHeld, SpecPreemption
 from prefault.spec.mm import Vma
 from prefault.spec.nested import FSC_PERM
 from prefault.spec.pgtable import PageTable
@@ -237,6 +237,10 @@ class SpecVm:
     def hold_invalidation(self, gpa: int, size: int) -> SpecHeld:
         """Drop the pages of ``[gpa, gpa+size)`` as Advice.DONTNEED does, and stay in the middle of it."""
         return SpecHeld(self._host, self.hva_of(gpa, size), size)
+
+    def preempt(self) -> SpecPreemption:
+        """Pre-fault with interruptions by somebody with a higher priority."""
+        return SpecPreemption()
 
     def hva_of(self, gpa: int, size: int = 1) -> int:
         """Where guest memory is in the VMM's."""

@@ -27,6 +27,7 @@ from prefault.guest.program import (
 from prefault.kvm.vm import Vm
 from prefault.machine import (
     FILE_CONTENTS,
+    Advice,
     Backing,
     Failed,
     Interrupted,
@@ -98,6 +99,23 @@ def a_device_read_delivers_its_value(width: int, signed: bool, bits: int) -> Non
         if signed:
             value = (value - (1 << 8 * width)) & (1 << bits) - 1
         assert finish(vcpu) == [value]
+
+
+@checks
+def a_prefault_loses_its_cpu_in_its_middle() -> None:
+    size, mapped = 8 * MIB, list[int]()
+    with make_vm(size, resident=Resident.WRITE) as vm, vm.preempt() as preempted:
+        vcpu = start(vm, Report())
+
+        def look() -> None:
+            mapped.append(sum(leaf.size for leaf in vm.stage2() if leaf.ipa >= DATA))
+
+        for _ in range(30):
+            vm.advise(DATA, size, Advice.DONTNEED)
+            vm.advise(DATA, size, Advice.POPULATE_WRITE)
+            preempted.pre_fault(vcpu, DATA, size, look)
+            assert sum(leaf.size for leaf in vm.stage2() if leaf.ipa >= DATA) == size
+    assert sum(0 < one < size for one in mapped) >= 3, mapped
 
 
 @checks.each((1, 2, 4, 8))
