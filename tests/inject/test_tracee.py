@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ import pytest
 
 from prefault.errors import ProcessLost
 from prefault.inject import ptrace
-from prefault.inject.tracee import Call
+from prefault.inject.tracee import Call, mappings
 from tests.inject import children
 from tests.inject.children import GETPID, GETTIME, NANOSLEEP, pipe, python, tracee, wait_for_call
 
@@ -49,6 +50,14 @@ def test_the_call_is_the_threads_own() -> None:
     with python("ready(); sys.stdin.read()") as child, tracee(child.pid) as one:
         assert one.call(Call(GETPID, ())).result == child.pid
         assert one.call(Call(0, (1000, 0, 0))).errno == 9
+
+
+def test_a_zombie_has_nothing_mapped() -> None:
+    child = subprocess.Popen((sys.executable, "-c", ""))
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert mappings(child.pid) == []
+    child.wait()
+    assert mappings(child.pid) == []
 
 
 def test_thread_and_mapped_files_may_have_any_name(tmp_path: Path) -> None:

@@ -710,7 +710,8 @@ def mappings(pid: int) -> list[Mapping]:
     """What a process has mapped; nothing if it is gone."""
     found = []
     with contextlib.suppress(OSError):
-        for line in (PROC / str(pid) / "maps").read_text(errors="replace").rstrip("\n").split("\n"):
+        # Not splitlines(): a file's name may have what that takes for an end. A zombie has no line.
+        for line in filter(None, (PROC / str(pid) / "maps").read_text(errors="replace").split("\n")):
             span, access, *rest = line.split(maxsplit=5)
             start, _, end = span.partition("-")
             found.append(Mapping(int(start, 16), int(end, 16), access, rest[3] if len(rest) > 3 else ""))

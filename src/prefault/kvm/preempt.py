@@ -24,8 +24,8 @@ from prefault.machine import Vcpu
 
 _LOW, _HIGH = 1, 2
 """Real-time priorities."""
-_SHORTEST, _LONGEST = 2e-5, 2e-2
-"""Seconds within which a call is preempted."""
+_LONGEST = 2e-2
+"""Seconds from the order to the moment, at most."""
 _EVENLY = 0.618
 """Multiples of this, modulo 1, come everywhere in [0, 1)."""
 
@@ -41,36 +41,39 @@ class Preemption:
         if len(self._cpus) < 2:
             raise CapabilityMissing("to take the CPU away from a call takes two; boot the lab with two")
         self._cpu = max(self._cpus)
-        self._turn, self._span = 0, 1e-3
+        self._turn, self._aim = 0, 2e-4
+        self._begun = self._over = False
         os.sched_setaffinity(0, self._cpus - {self._cpu})
         self._thief = _Thief(self._cpu)
 
     def pre_fault(self, vcpu: Vcpu, gpa: int, size: int, meanwhile: Callable[[], None]) -> None:
         """Pre-fault a range up to its end or an error, and call ``meanwhile`` at some moment of that."""
         self._turn += 1
-        delay = self._span * (self._turn * _EVENLY % 1)
-        over = threading.Event()
-        caller = threading.Thread(target=self._call, args=(vcpu, gpa, size, delay, over))
+        self._begun = self._over = False
+        delay = self._aim * (0.75 + self._turn * _EVENLY % 0.5)
+        caller = threading.Thread(target=self._call, args=(vcpu, gpa, size, delay))
         caller.start()
         self._thief.wait()
-        late = over.is_set()
+        # How long it takes from the order to the call, and how long that is, each machine has to show. Most
+        # moments are to be before its end.
+        self._aim = min(self._aim * (0.9 if self._over else 1.02 if self._begun else 1.1), _LONGEST)
         try:
             meanwhile()
         finally:
             self._thief.release()
             caller.join()
-        self._span = min(max(self._span * (0.8 if late else 1.1), _SHORTEST), _LONGEST)
 
-    def _call(self, vcpu: Vcpu, gpa: int, size: int, delay: float, over: threading.Event) -> None:
+    def _call(self, vcpu: Vcpu, gpa: int, size: int, delay: float) -> None:
         os.sched_setaffinity(0, {self._cpu})
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_LOW))
         self._thief.order(delay)
+        self._begun = True
         while size:
             progress = vcpu.pre_fault_memory_once(gpa, size)
             if progress.errno:
                 break
             gpa, size = progress.gpa, progress.size
-        over.set()
+        self._over = True
 
     def close(self) -> None:
         """Leave all CPUs to all again. Safe to call again."""

@@ -287,6 +287,8 @@ def signals_never_lose_progress(stage: Stage, backing: Backing) -> None:
 
 
 _MOMENTS = 60
+_LONG = 8 << 20
+"""Bytes: a pre-fault of less is over too soon to be hit."""
 _AROUND = 16
 """Pages that the fault of one page of a file brings in."""
 
@@ -306,13 +308,13 @@ def what_is_dropped_at_any_moment_of_a_prefault_is_not_mapped(
     stage: Stage, backing: Backing, resident: bool
 ) -> None:
     """The guest reads what the host has written since: who maps an older page is noticed."""
-    size = stage.block if backing is Backing.THP else 4 * PAGES * stage.page
+    size = stage.block if backing is Backing.THP else max(4 * PAGES * stage.page, _LONG)
     drop = Advice.REMOVE if backing is Backing.GUEST_MEMFD else Advice.DONTNEED
     # Of a file, only one page in so many takes the path that all of this is about.
     looked_at = range(
         DATA, DATA + size, _AROUND * stage.page if backing is Backing.FILE_PRIVATE else size // PAGES
     )
-    moments = range(1, 1 + (4 * _MOMENTS if backing is Backing.FILE_PRIVATE else _MOMENTS))
+    moments = range(1, 1 + (3 * _MOMENTS if backing is Backing.FILE_PRIVATE else _MOMENTS))
     vm = stage.vm(MemoryRegion(1, DATA, size, backing))
     vcpu = stage.vcpu(vm, *(len(moments) * (Walk(DATA, size, looked_at.step), Report())))
 

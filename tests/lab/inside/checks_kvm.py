@@ -112,7 +112,6 @@ def a_prefault_loses_its_cpu_in_its_middle() -> None:
 
         for _ in range(30):
             vm.advise(DATA, size, Advice.DONTNEED)
-            vm.advise(DATA, size, Advice.POPULATE_WRITE)
             preempted.pre_fault(vcpu, DATA, size, look)
             assert sum(leaf.size for leaf in vm.stage2() if leaf.ipa >= DATA) == size
     assert sum(0 < one < size for one in mapped) >= 3, mapped
