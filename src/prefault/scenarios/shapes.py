@@ -202,6 +202,17 @@ def blocks_that_are_not_neighbours_hold_what_the_host_wrote(stage: Stage, betwee
     stage.holds(values[0] == DATA and values[-1] == where[-1], f"the guest read {values}")
 
 
+@scenario("M2", "M9")
+def a_range_that_begins_in_a_mapped_block_is_mapped_to_its_end(stage: Stage) -> None:
+    """Progress over what is mapped already ends with the block, and not a whole block later."""
+    vm = stage.vm(MemoryRegion(1, DATA, 3 * stage.block, Backing.THP, Resident.WRITE))
+    vcpu = stage.vcpu(vm, Marker(0))
+    stage.pre_fault(vcpu, DATA, stage.block)
+    stage.pre_fault(vcpu, DATA + stage.block // 2, stage.block)
+    mapped = sum(leaf.size for leaf in stage.shown_leaves(vm))
+    stage.holds(mapped in (2 * stage.block, 0), f"{mapped:#x} bytes of two blocks are mapped")
+
+
 @scenario("M5", "M9")
 def a_block_that_is_mapped_in_pages_stays_so_beside_one_that_is_not_mapped(stage: Stage) -> None:
     """It was mapped while dirty pages were logged. A page of it that is mapped is not faulted again."""
