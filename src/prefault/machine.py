@@ -356,12 +356,12 @@ class Held(Protocol):
 
 
 class Preemption(Protocol):
-    """Takes the CPU away from pre-faults."""
+    """Takes the CPU away from calls."""
 
-    def pre_fault(self, vcpu: Vcpu, gpa: int, size: int, meanwhile: Callable[[], None]) -> None:
-        """Pre-fault a range up to its end or an error, and call ``meanwhile`` at some moment of that.
+    def run(self, call: Callable[[], object], meanwhile: Callable[[], None]) -> None:
+        """Make a call, and another, ``meanwhile``, at some moment of it.
 
-        The pre-fault does not go on before ``meanwhile`` returns, unless one waits for the other.
+        The call does not go on before ``meanwhile`` returns, unless one waits for the other.
         """
 
     def __enter__(self) -> Self: ...
@@ -459,7 +459,7 @@ class Vm(Protocol):
         """
 
     def preempt(self) -> Preemption:
-        """Pre-fault with interruptions by somebody with a higher priority.
+        """Make calls that are interrupted by somebody with a higher priority.
 
         :raises CapabilityMissing: nobody can have one
         """

@@ -211,7 +211,7 @@ class AnyVm(Descriptor):
         return HeldInvalidation(self.hva_of(gpa), size, self._page_size)
 
     def preempt(self) -> Preemption:
-        """Pre-fault with interruptions by somebody with a higher priority."""
+        """Make calls that are interrupted by somebody with a higher priority."""
         return Preemption()
 
     def _slot_of(self, gpa: int, size: int) -> _Slot:

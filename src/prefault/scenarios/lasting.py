@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prefault.guest.program import Marker, Read, Report, Walk
-from prefault.machine import Backing, Held, MemoryRegion, PreFaultProgress, Resident, Vcpu
+from prefault.machine import Backing, Held, MemoryRegion, PreFaultProgress, Resident, Vcpu, Vm
 from prefault.scenarios.scenario import DATA, Stage, scenarios
 
 PAGES = 16
@@ -23,6 +23,15 @@ _SIGNAL_SECONDS = 0.02
 def _long(stage: Stage) -> MemoryRegion:
     """Slot 2, right behind slot 1."""
     return MemoryRegion(2, DATA + PAGES * stage.page, LONG * stage.page, resident=Resident.READ)
+
+
+def _with_a_walk(stage: Stage, long: MemoryRegion, start: int, size: int) -> tuple[Vm, Vcpu]:
+    """A VM with slot 1 pre-faulted and slot 2, and a vCPU that is about to walk a range of theirs."""
+    vm = stage.vm(stage.data(PAGES), long)
+    vcpu = stage.vcpu(vm, Marker(0), Walk(start, size, stage.page), Report())
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    return vm, vcpu
 
 
 @contextmanager
@@ -69,11 +78,8 @@ def _until_eintr(stage: Stage, vcpu: Vcpu, gpa: int, size: int, in_vain: threadi
 @scenarios("M10", "M2", "M12", cases=[(0,), (1,), (PAGES,)])
 def a_signal_ends_the_wait_for_an_invalidation_that_lasts(stage: Stage, done: int) -> None:
     long = _long(stage)
-    vm = stage.vm(stage.data(PAGES), long)
     start, size = long.gpa - done * stage.page, (done + PAGES) * stage.page
-    vcpu = stage.vcpu(vm, Marker(0), Walk(start, size, stage.page), Report())
-    stage.proceed(vcpu)
-    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    vm, vcpu = _with_a_walk(stage, long, start, size)
     with vm.hold_invalidation(long.gpa, long.size) as held, _signals(held) as in_vain:
         progress = _until_eintr(stage, vcpu, start, size, in_vain)
         while progress.gpa < long.gpa:  # A signal may come before the first page.
@@ -110,11 +116,8 @@ def a_signal_ends_the_wait_for_an_invalidation_elsewhere(stage: Stage, backing: 
 @scenarios("M12", cases=[(0,), (PAGES,)])
 def a_prefault_goes_on_when_an_invalidation_that_lasts_ends(stage: Stage, done: int) -> None:
     long = _long(stage)
-    vm = stage.vm(stage.data(PAGES), long)
     start, size = long.gpa - done * stage.page, (done + PAGES) * stage.page
-    vcpu = stage.vcpu(vm, Marker(0), Walk(start, size, stage.page), Report())
-    stage.proceed(vcpu)
-    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    vm, vcpu = _with_a_walk(stage, long, start, size)
     with vm.hold_invalidation(long.gpa, long.size) as held:
         ends = threading.Timer(0.1, held.release)
         ends.start()

@@ -311,12 +311,12 @@ def what_is_dropped_at_any_moment_of_a_prefault_is_not_mapped(
     size = stage.block if backing is Backing.THP else max(4 * PAGES * stage.page, _LONG)
     drop = Advice.REMOVE if backing is Backing.GUEST_MEMFD else Advice.DONTNEED
     # Of a file, only one page in so many takes the path that all of this is about.
-    looked_at = range(
-        DATA, DATA + size, _AROUND * stage.page if backing is Backing.FILE_PRIVATE else size // PAGES
-    )
-    moments = range(1, 1 + (3 * _MOMENTS if backing is Backing.FILE_PRIVATE else _MOMENTS))
+    step, count = size // PAGES, _MOMENTS
+    if backing is Backing.FILE_PRIVATE:
+        step, count = _AROUND * stage.page, 3 * _MOMENTS
+    looked_at, moments = range(DATA, DATA + size, step), range(1, 1 + count)
     vm = stage.vm(MemoryRegion(1, DATA, size, backing))
-    vcpu = stage.vcpu(vm, *(len(moments) * (Walk(DATA, size, looked_at.step), Report())))
+    vcpu = stage.vcpu(vm, *(count * (Walk(DATA, size, step), Report())))
 
     def renew(value: int) -> None:
         vm.advise(DATA, size, drop)
@@ -328,7 +328,7 @@ def what_is_dropped_at_any_moment_of_a_prefault_is_not_mapped(
             vm.advise(DATA, size, drop)
             if resident:
                 vm.advise(DATA, size, Advice.POPULATE_WRITE)
-            preempted.pre_fault(vcpu, DATA, size, partial(renew, moment))
+            preempted.run(partial(all_of, vcpu, DATA, size), partial(renew, moment))
             event, expected = stage.proceed(vcpu), moment * len(looked_at)
             stage.holds(
                 event == Reported(expected), f"the guest read {event}, not what sums up to {expected}"

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Self
 
-from prefault.machine import Vcpu
 from prefault.spec.state import Host
 from prefault.spec.steps import LOCK
 
@@ -42,13 +41,9 @@ class SpecHeld:
 class SpecPreemption:
     """Takes no CPU away: what comes at some moment comes afterwards. `prefault explore` tries all moments."""
 
-    def pre_fault(self, vcpu: Vcpu, gpa: int, size: int, meanwhile: Callable[[], None]) -> None:
-        """Pre-fault a range up to its end or an error, then call ``meanwhile``."""
-        while size:
-            progress = vcpu.pre_fault_memory_once(gpa, size)
-            if progress.errno:
-                break
-            gpa, size = progress.gpa, progress.size
+    def run(self, call: Callable[[], object], meanwhile: Callable[[], None]) -> None:
+        """Make a call, and then another."""
+        call()
         meanwhile()
 
     def __enter__(self) -> Self:

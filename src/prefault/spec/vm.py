@@ -239,7 +239,7 @@ class SpecVm:
         return SpecHeld(self._host, self.hva_of(gpa, size), size)
 
     def preempt(self) -> SpecPreemption:
-        """Pre-fault with interruptions by somebody with a higher priority."""
+        """Make calls that are interrupted by somebody with a higher priority."""
         return SpecPreemption()
 
     def hva_of(self, gpa: int, size: int = 1) -> int:

@@ -112,7 +112,7 @@ def a_prefault_loses_its_cpu_in_its_middle() -> None:
 
         for _ in range(30):
             vm.advise(DATA, size, Advice.DONTNEED)
-            preempted.pre_fault(vcpu, DATA, size, look)
+            preempted.run(lambda: vcpu.pre_fault_memory(DATA, size), look)
             assert sum(leaf.size for leaf in vm.stage2() if leaf.ipa >= DATA) == size
     assert sum(0 < one < size for one in mapped) >= 3, mapped
 
