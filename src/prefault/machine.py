@@ -253,6 +253,19 @@ class FaultCounts:
         return self.read + self.write + self.execute
 
 
+class Scope(Protocol):
+    """What a ``with`` statement opens and closes."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
 class Vcpu(Protocol):
     """A vCPU file descriptor."""
 
@@ -290,7 +303,7 @@ class Vcpu(Protocol):
         """Close the descriptor. Safe to call again."""
 
 
-class Userfault(Protocol):
+class Userfault(Scope, Protocol):
     """A range of guest memory whose faults a handler serves, in a thread of its own.
 
     Whoever faults there, be it the VMM, the guest or a pre-fault, waits until one of the verbs has
@@ -322,17 +335,8 @@ class Userfault(Protocol):
         :raises Exception: what the handler raised, if it did
         """
 
-    def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
-class Held(Protocol):
+class Held(Scope, Protocol):
     """An invalidation of the VMM's memory that does not come to its end until it is released.
 
     MMU notifiers have been told that it begins, and are not told that it ends: whoever would map what it
@@ -345,17 +349,8 @@ class Held(Protocol):
     def release(self) -> None:
         """Let the invalidation end. Any thread may, again, too."""
 
-    def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
-class Preemption(Protocol):
+class Preemption(Scope, Protocol):
     """Takes the CPU away from calls."""
 
     def run(self, call: Callable[[], object], meanwhile: Callable[[], None]) -> None:
@@ -364,17 +359,8 @@ class Preemption(Protocol):
         The call does not go on before ``meanwhile`` returns, unless one waits for the other.
         """
 
-    def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
-class Child(Protocol):
+class Child(Scope, Protocol):
     """A child process of the VMM, which has its memory as it was at the fork."""
 
     def read_memory(self, gpa: int, size: int) -> bytes:
@@ -383,21 +369,12 @@ class Child(Protocol):
     def close(self) -> None:
         """Let the child end. Safe to call again."""
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
 
 UserfaultHandler = Callable[[Userfault, int, bool], None]
 """Called with the gpa of the page and whether it was to be written, once or more for each fault."""
 
 
-class Vm(Protocol):
+class Vm(Scope, Protocol):
     """A VM file descriptor."""
 
     def check_extension(self, capability: int) -> int:
@@ -481,15 +458,6 @@ class Vm(Protocol):
 
     def close(self) -> None:
         """Close the VM and its vCPUs. Safe to call again."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
 
 
 class FaultCounter(Protocol):
