@@ -20,7 +20,7 @@ from prefault.cli import output
 from prefault.cli.interrupt import results_kept
 from prefault.cli.kernels import KernelOptions, image_of, kernel_options, variant_of
 from prefault.cli.progress import drawn
-from prefault.cli.values import KernelImage, Size
+from prefault.cli.values import KernelImage, Real, Size
 from prefault.cli.walks import print_command
 from prefault.errors import ExitCode, LabError, UsageError
 from prefault.lab import bench as in_lab
@@ -128,7 +128,7 @@ class _Options(KernelOptions):
 @click.option("--memory", type=Size(), help="Memory of the lab's machine; what the cases need, if not given.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Real(min=0, min_open=True),
     default=3600,
     show_default=True,
     help="Seconds for each boot of the lab.",

@@ -28,7 +28,7 @@ from prefault.cli.kernels import (
     variant_of,
 )
 from prefault.cli.progress import drawn
-from prefault.cli.values import Size
+from prefault.cli.values import Real, Size
 from prefault.conform import in_lab, on_spec, peers
 from prefault.conform.compare import BAD, Comparison, Verdict
 from prefault.conform.session import SHRINKABLE, Session
@@ -113,7 +113,7 @@ class _Options(KernelOptions, ArchOptions):
 )
 @click.option(
     "--limit",
-    type=click.FloatRange(min=1),
+    type=Real(min=1),
     help=f"Seconds that one scenario may take on the kernel; {in_lab.LIMIT_SECONDS:g}, more for a slow "
     f"variant and {in_lab.NEEDS['x86_64'].limit:g} on x86, if not given.",
 )

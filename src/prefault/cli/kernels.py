@@ -9,7 +9,7 @@ from typing import TypedDict, TypeVar
 
 import click
 
-from prefault.cli.values import KernelImage
+from prefault.cli.values import KernelImage, Real
 from prefault.errors import UsageError
 from prefault.lab import build
 from prefault.lab.arch import ARCHITECTURES, ARM64, Architecture
@@ -93,7 +93,7 @@ def lab_options(command: _Command) -> _Command:
     command = kernel_options(command)
     command = click.option(
         "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Real(min=0, min_open=True),
         default=300,
         show_default=True,
         help="Lab: seconds for the whole of it.",

@@ -28,7 +28,7 @@ from prefault.cli.kernels import (
     variant_of,
 )
 from prefault.cli.progress import drawn
-from prefault.cli.values import Size
+from prefault.cli.values import Real, Size
 from prefault.errors import ExitCode, ToolMissing, UsageError
 from prefault.lab import build as lab_build
 from prefault.lab import clean as lab_clean
@@ -233,7 +233,7 @@ class _RunChoices(_MachineChoices):
 @_machine_options
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Real(min=0, min_open=True),
     default=120,
     show_default=True,
     help="Seconds for the script, boot not included.",
@@ -393,7 +393,7 @@ def clean(everything: bool, parts: tuple[str, ...]) -> None:
 @_machine_options
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Real(min=0, min_open=True),
     default=600,
     show_default=True,
     help="Seconds for each test.",

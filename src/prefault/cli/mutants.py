@@ -15,6 +15,7 @@ from rich.table import Table
 from prefault.cli import output
 from prefault.cli.interrupt import results_kept
 from prefault.cli.progress import drawn
+from prefault.cli.values import Real
 from prefault.conform import in_lab
 from prefault.conform.judge import judge, said
 from prefault.errors import BuildFailed, ExitCode, JobTimeout, LabLost
@@ -70,7 +71,7 @@ class Verdict:
 @click.option("--list", "list_only", is_flag=True, help="Print what is wrong with each, and build nothing.")
 @click.option(
     "--soak-minutes",
-    type=click.FloatRange(min=0),
+    type=Real(min=0),
     default=1,
     show_default=True,
     help="How long to soak what no scenario has caught; 0 for not at all.",

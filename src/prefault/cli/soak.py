@@ -17,7 +17,7 @@ from rich.table import Table
 from prefault.cli import output
 from prefault.cli.interrupt import results_kept
 from prefault.cli.kernels import KernelOptions, image_of, kernel_options, variant_of
-from prefault.cli.values import Size
+from prefault.cli.values import Real, Size
 from prefault.errors import ExitCode, JobTimeout, LabError, LabLost, Splat
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, JobResult, JobSplat, run_job
@@ -88,9 +88,7 @@ class _Rounds:
 
 
 @click.command(epilog=EPILOG)
-@click.option(
-    "--minutes", type=click.FloatRange(min=0.05), default=1, show_default=True, help="Of fighting, in all."
-)
+@click.option("--minutes", type=Real(min=0.05), default=1, show_default=True, help="Of fighting, in all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all chances; threads still race.")
 @click.option("--nested/--no-nested", default=True, show_default=True, help="L2 guests in every other round.")
 @click.option("--vcpus", type=click.IntRange(2, 8), default=4, show_default=True, help="vCPUs of the VM.")
