@@ -8,6 +8,9 @@ BIN := .venv/bin
 # $(call step,NAME,COMMAND): run one step of a gate and name it when it fails.
 step = @echo "== $(1)"; $(2) || { s=$$?; echo "make $@: the step '$(1)' failed (status $$s)" >&2; exit $$s; }
 
+# A file's tests stay together, because they share what their first one ran; a lab has up to 3 GiB and two threads.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 # Variants of the lab's kernel: docs/lab.md says what each is for.
 VARIANTS := 6.12 16k 64k debug kcsan
 
@@ -22,11 +25,11 @@ lab: venv  ## the same on the real kernel: install what the lab needs, build it 
 
 test: venv  ## all tests; LAB=no leaves the lab's out
 ifeq ($(LAB),no)
-	@$(BIN)/pytest -m 'not lab'
+	@$(PYTEST) -m 'not lab'
 else
 	@$(BIN)/prefault lab build --yes || [ $$? = 77 ]
 	@$(BIN)/prefault lab build --yes --arch x86_64 || [ $$? = 77 ]
-	@$(BIN)/pytest
+	@$(PYTEST)
 	@for arch in arm64 x86_64; do $(BIN)/prefault lab doctor --arch $$arch >/dev/null 2>&1 || { echo "make test: the" \
 	  "tests of the $$arch lab were SKIPPED, the others passed; LAB=no asks for that" >&2; exit 77; }; done
 endif

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -58,6 +59,21 @@ def lab_of(item: pytest.Item) -> Architecture | None:
     if item.get_closest_marker("lab_x86"):
         return X86_64
     return ARM64 if item.get_closest_marker("lab") else None
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a worker of pytest-xdist, which alone collects tests and whose output nobody sees."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["skipped"] = session.config.stash[SKIPPED]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """In the process that started the workers: each has skipped the same."""
+    skipped = getattr(node, "workeroutput", {}).get("skipped")
+    if skipped is not None:
+        node.config.stash[SKIPPED] = skipped
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

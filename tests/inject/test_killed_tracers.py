@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -72,10 +73,13 @@ print(json.dumps([seconds, blocked]), flush=True)
 def test_waits_are_as_long_as_they_must_and_no_signal_stays_blocked(wait: str) -> None:
     """Of a program that goes on waiting after EINTR, as Python does."""
     with python(WAITS.format(wait=wait)) as child:
+        began = time.monotonic()
         kill_tracers(child.pid, rounds=60)  # on a busy machine, it is done before they are
+        killing = time.monotonic() - began
         seconds, blocked = json.loads(pipe(child.stdout).readline())
         assert blocked == [0]
-        assert 2.1 <= seconds < 3.5
+        # A select does not count the time in which it is stopped; the rest is a busy machine's.
+        assert 2.1 <= seconds < 2.1 + killing + 1.5
 
 
 def test_a_read_goes_on() -> None:
