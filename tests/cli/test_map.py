@@ -146,7 +146,7 @@ def test_the_host_of_the_specification_has_any_granule(
 
 
 def test_a_diff_says_what_changed(capsys: pytest.CaptureFixture[str], files: tuple[str, str]) -> None:
-    text = shown(capsys, "--diff", *files, "--width", "160")
+    text = shown(capsys, "--diff", *files, "--width", "240")
     assert f"{files[0]} to {files[1]} (4 KiB mapped)" in text
     assert "+  0x0000_4000_0000-0x0000_4000_1000  4 KiB  hole  page RWX" in text
     (difference,) = found(capsys, "--diff", *files)["changes"]

@@ -139,6 +139,14 @@ def test_all_files_are_written_or_none(capsys: pytest.CaptureFixture[str]) -> No
     assert "written: x.json.gz" in capsys.readouterr().out
 
 
+def test_the_page_names_the_files_that_it_was_given() -> None:
+    assert main(["plan", "boot.parquet", "--html", "x.html", "-o", "the plan.json"]) == 0
+    shown = Path("x.html").read_text()
+    assert "prefault apply &#x27;the plan.json&#x27; --pid PID" in shown
+    assert main(["plan", "boot.parquet", "--html", "y.html"]) == 0
+    assert "prefault plan boot.parquet -o plan.json" in Path("y.html").read_text()
+
+
 def test_a_terminal_that_knows_ascii_only_is_enough() -> None:
     command = [sys.executable, "-m", "prefault", "plan", "boot.parquet", "--cap", "64K"]
     told = subprocess.run(

@@ -14,6 +14,7 @@ from hypothesis import given
 
 from prefault.faults.planning import PlanConfig, make_plan
 from prefault.faults.recording import Recording
+from prefault.faults.working_set import DEVICE_FAULTS
 from prefault.report.faults_html import page
 from tests.faults.recordings import RECORDINGS, Fault, recording_of
 
@@ -46,6 +47,10 @@ class Reader(HTMLParser):
 
 def made(*recordings: Recording) -> str:
     return page(make_plan(recordings, PlanConfig(4096)), recordings)
+
+
+def page_of_granules(*recordings: Recording) -> str:
+    return page(make_plan(recordings, PlanConfig()), recordings)
 
 
 def parsed(text: str) -> Reader:
@@ -90,6 +95,51 @@ def test_the_numbers_are_there_without_javascript() -> None:
     assert "your guest took 1,000 stage-2 faults" in said
     assert "It pays:" in said
     assert "What is a stage-2 fault" in said
+
+
+def test_what_needs_javascript_is_hidden_without_it() -> None:
+    text = made(recording_of([Fault(1)]))
+    assert "[hidden] { display: none !important; }" in text  # else, display: flex would show them
+    assert '<fieldset id="controls" hidden>' in text
+    assert text.count("<figure") == text.count("<figure hidden>") == 2
+
+
+def test_one_fault_is_told_in_the_singular() -> None:
+    assert "took 1 stage-2 fault on memory" in " ".join(parsed(made(recording_of([Fault(1, 0, 900)]))).text)
+
+
+def test_durations_that_are_not_known_are_not_told_as_none() -> None:
+    text = made(recording_of([Fault(1), Fault(2, 9)]))
+    assert text.count("<td>not known</td>") == 3  # the kernel, the vCPU's, the memory's
+    assert "<td>0 ns</td>" not in text
+
+
+def test_memory_that_the_guest_needed_is_the_plans_working_set() -> None:
+    device = [Fault(3, time) for time in range(DEVICE_FAULTS)]
+    text = made(recording_of([*device, Fault(512, 99)]))
+    assert "<b>4 KiB</b><span>memory the guest needed</span>" in text
+
+
+def test_a_table_of_one_run_has_no_name_and_those_of_several_have() -> None:
+    one, other = recording_of([Fault(1)], source="a"), recording_of([Fault(2)], source="b")
+    assert "<caption>" not in made(one)
+    assert "<caption>1: a</caption>" in made(one, other)
+
+
+def test_a_command_can_be_copied_without_its_button() -> None:
+    text = made(recording_of([Fault(2 * n, 20_000 * n, 5000) for n in range(1000)]))
+    assert "<pre><code>prefault apply plan.json --pid PID</code></pre>" in text
+
+
+def test_paper_is_light() -> None:
+    text = made(recording_of([Fault(1)]))
+    assert "@media screen and (prefers-color-scheme: dark)" in text
+    assert "print-color-adjust: exact" in text
+
+
+def test_what_settles_the_matter_is_said_first() -> None:
+    said = " ".join(parsed(page_of_granules(recording_of([Fault(16 * n, n, 900) for n in range(9)]))).text)
+    assert said.index("Leave it:") < said.index("The plan maps")
 
 
 def test_names_from_outside_cannot_become_markup() -> None:

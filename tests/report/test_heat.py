@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from prefault.faults.planning import Made, PlanConfig, make_plan
 from prefault.faults.recording import Recording
+from prefault.faults.syndrome import Kind
+from prefault.faults.working_set import DEVICE_FAULTS, WorkingSet
 from prefault.report import heat as module
-from prefault.report.heat import KIND_GROUPS, MOST_VCPUS, ROWS, Grid, Heat, heat, regions
+from prefault.report.heat import KIND_GROUPS, LEAST_NS, MOST_VCPUS, ROWS, Grid, Heat, groups, heat, regions
 from tests.faults.recordings import PAGE, RECORDINGS, Fault, recording_of
 
 
@@ -20,7 +22,7 @@ def heat_of(recording: Recording, **config: object) -> tuple[Heat | None, Made]:
     return heat(recording, made.sets[0], made.plan, "x"), made
 
 
-def check(grid: Grid, recording: Recording, vcpus: int) -> None:
+def check(grid: Grid, recording: Recording, vcpus: int, needed: WorkingSet) -> None:
     column, row, vcpu, group, count, _ = grid.cells
     assert sum(count) == len(recording)
     assert all(count)
@@ -30,9 +32,8 @@ def check(grid: Grid, recording: Recording, vcpus: int) -> None:
     assert len(grid.rows) <= ROWS
     assert grid.rows == sorted(grid.rows)
     found = {(grid.rows[one], kind) for one, kind in zip(row, group, strict=True)}
-    groups = module._GROUP_OF[recording.faults.kind].tolist()
     rows = [int(ipa) // grid.row_bytes * grid.row_bytes for ipa in recording.faults.ipa]
-    assert found == set(zip(rows, groups, strict=True))
+    assert found == set(zip(rows, groups(recording, needed).tolist(), strict=True))
 
 
 @given(RECORDINGS, st.sampled_from([4, 30, 10**6]))
@@ -43,8 +44,8 @@ def test_every_fault_is_in_one_cell_of_each_grid_however_coarse(recording: Recor
     if found is None:
         assert not len(recording)
         return
-    check(found.all, recording, 1)
-    check(found.by_vcpu, recording, len(found.vcpus))
+    check(found.all, recording, 1, made.sets[0])
+    check(found.by_vcpu, recording, len(found.vcpus), made.sets[0])
     assert len(found.all.cells[0]) <= max(most, len(KIND_GROUPS))
     assert found.working_set[-1] == len(made.sets[0].page)
     assert found.planned == found.working_set  # a plan without a cap covers all of it
@@ -81,9 +82,41 @@ def test_a_few_late_faults_do_not_squeeze_the_rest() -> None:
 def test_the_costliest_parts_come_first() -> None:
     faults = [Fault(512 + page, page, 100) for page in range(10)] + [Fault(5000, 99, 7)]
     recording = recording_of(faults)
-    one, other = regions(recording, make_plan([recording], PlanConfig(PAGE)).plan)
+    made = make_plan([recording], PlanConfig(PAGE))
+    one, other = regions(recording, made.sets[0], made.plan)
     assert (one.ipa, one.faults, one.wait_ns, one.pages, one.planned) == (512 * PAGE, 10, 1000, 10, 10)
     assert (other.faults, other.pages) == (1, 1)
+
+
+@given(RECORDINGS)
+def test_what_is_shown_as_not_mapped_is_what_the_plan_counts(recording: Recording) -> None:
+    found, made = heat_of(recording)
+    if found is not None:
+        _, _, _, group, count, _ = found.all.cells
+        shown = sum(number for number, kind in zip(count, group, strict=True) if not kind)
+        assert shown == made.plan.prediction.faults
+
+
+def test_what_is_taken_for_a_device_is_shown_as_one_and_is_no_part_of_memory() -> None:
+    device = [Fault(3, time) for time in range(DEVICE_FAULTS)]
+    others = [Fault(512, 99), Fault(512, 100, kind=Kind.PERMISSION), Fault(7, 101, nested=1)]
+    recording = recording_of([*device, *others])
+    _, made = heat_of(recording)
+    names = [KIND_GROUPS[one] for one in groups(recording, made.sets[0])]
+    assert names == ["device"] * DEVICE_FAULTS + ["not mapped", "write to read-only", "other"]
+    assert [one.ipa for one in regions(recording, made.sets[0], made.plan)] == [512 * PAGE]
+
+
+def test_a_single_fault_has_a_time_axis_that_can_be_read() -> None:
+    found, _ = heat_of(recording_of([Fault(1)]))
+    assert found is not None
+    assert found.end_ns == LEAST_NS
+
+
+def test_the_same_vcpu_number_of_several_vms_is_named_so() -> None:
+    recording = recording_of([Fault(1, 0, tid=1), Fault(1, 1, tid=1)])
+    recording.faults.pid[:] = [10, 11]
+    assert module.names_of(np.array([1]), recording) == ["vCPU 1, all VMs"]
 
 
 def test_faults_all_over_are_a_small_grid_all_the_same() -> None:

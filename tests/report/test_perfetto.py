@@ -51,6 +51,15 @@ def test_the_working_set_is_a_counter_that_ends_at_all_of_it() -> None:
     assert values == sorted(values)
 
 
+def test_vcpus_of_two_vms_are_two_tracks_though_their_numbers_are_one() -> None:
+    recording = recording_of([Fault(1, 0, 5000, tid=4), Fault(1, 1000, 5000, tid=8)])
+    recording.faults.pid[:] = [10, 11]
+    events = events_of(recording)
+    names = [one["args"]["name"] for one in events if one["name"] == "thread_name"]
+    assert names == ["vCPU 0 of process 10", "vCPU 0 of process 11"]
+    assert [one["dur"] for one in events if one["ph"] == "X"] == [5, 5]
+
+
 def test_runs_are_processes() -> None:
     events = events_of(recording_of([Fault(1)], source="a"), recording_of([Fault(2)], source="b"))
     names = [one["args"]["name"] for one in events if one["name"] == "process_name"]

@@ -44,6 +44,10 @@ def test_a_size_is_added_up_or_rounded(size: int, exact: str, short: str) -> Non
         (1500, "1.5 µs"),
         (27_000_000, "27 ms"),
         (1.534e9, "1.53 s"),
+        (999_600, "1 ms"),
+        (999_950_000, "1 s"),
+        (999.6, "1 µs"),
+        (1234e9, "1,234 s"),
     ],
 )
 def test_a_duration_has_three_digits_and_a_unit(ns: float, text: str) -> None:

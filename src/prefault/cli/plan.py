@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # numpy and pyarrow take a while to import, and few commands 
     from prefault.faults.planning import Made, PlanConfig
     from prefault.faults.recording import Recording
     from prefault.faults.working_set import Memslot
+    from prefault.report.next_steps import Files
 
 EPILOG = """\b
 Examples:
@@ -183,10 +184,17 @@ def _write(made: Made, recordings: list[Recording], options: _Options) -> None:
             file.write(dumps(made.plan))
     if options["html"]:
         with replacing(options["html"]) as file:
-            file.write(page(made, recordings))
+            file.write(page(made, recordings, _named(options)))
     if options["perfetto"]:
         with replacing(options["perfetto"]) as file:
             file.writelines(trace(made, recordings))
+
+
+def _named(options: _Options) -> Files:
+    from prefault.report.next_steps import Files
+
+    written = options["output"]
+    return Files(tuple(map(str, options["recordings"])), str(written) if written else None)
 
 
 def _config(options: _Options) -> PlanConfig:

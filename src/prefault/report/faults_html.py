@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from importlib.resources import files
+from itertools import repeat
 
 import numpy as np
 
@@ -19,29 +20,34 @@ from prefault import __version__
 from prefault.faults.plan import Plan
 from prefault.faults.planning import Made
 from prefault.faults.recording import Recording
-from prefault.report.heat import heat, label_of, regions
+from prefault.faults.working_set import WorkingSet
+from prefault.report.heat import heat, names_of, regions
+from prefault.report.next_steps import USELESS, Files, Step, next_steps
 from prefault.report.plan import sentences, verdict
 from prefault.report.recording import summary
 from prefault.report.units import format_duration, format_size, plural, round_size
 
 
-def page(made: Made, recordings: Sequence[Recording]) -> str:
-    """The whole page."""
+def page(made: Made, recordings: Sequence[Recording], named: Files | None = None) -> str:
+    """The whole page.
+
+    :param named: what the recordings and the plan are called in the commands that it shows
+    """
     plan = made.plan
     names = [_name(number, one) for number, one in enumerate(recordings)]
     heats = [
         heat(one, needed, plan, name) for one, needed, name in zip(recordings, made.sets, names, strict=True)
     ]
+    captions = names if len(names) > 1 else [""]
     data = json.dumps([dataclasses.asdict(one) for one in heats if one], separators=(",", ":"))
     parts = {
         "TITLE": escape(_title(recordings)),
         "LEAD": "\n".join(_lead(plan, recordings)),
-        "CARDS": "\n".join(_cards(plan, recordings)),
+        "CARDS": "\n".join(_cards(made, recordings)),
+        "STEPS": "\n".join(map(_step, next_steps(plan, recordings, named or Files()))),
         "ADVICE": _advice(plan),
-        "VCPUS": "\n".join(_per_vcpu(one, name) for one, name in zip(recordings, names, strict=True)),
-        "REGIONS": "\n".join(
-            _per_region(one, plan, name) for one, name in zip(recordings, names, strict=True)
-        ),
+        "VCPUS": "\n".join(map(_per_vcpu, recordings, captions)),
+        "REGIONS": "\n".join(map(_per_region, recordings, made.sets, repeat(plan), captions)),
         "ABOUT": _about(recordings),
         "DATA": data.replace("<", "\\u003c"),
     }
@@ -67,20 +73,22 @@ def _lead(plan: Plan, recordings: Sequence[Recording]) -> Iterator[str]:
         yield f"<p{kind}>{escape(sentence)}</p>"
 
 
-def _cards(plan: Plan, recordings: Sequence[Recording]) -> Iterator[str]:
-    told = plan.prediction
+def _cards(made: Made, recordings: Sequence[Recording]) -> Iterator[str]:
+    plan, told = made.plan, made.plan.prediction
     found = [summary(one) for one in recordings]
     runs = len(recordings)
     stopped = sum(one.guest_stopped_ns for one in found) / runs
-    size = recordings[0].metadata.page_size
-    pages = sum(one.pages for one in found) / runs
-    each = " a run" if runs > 1 else ""
-    yield _card(f"{sum(one.faults for one in found) / runs:,.0f}", f"faults of all kinds{each}")
-    yield _card(format_duration(stopped) if stopped else "not known", f"vCPUs were stopped for them{each}")
-    yield _card(round_size(round(pages) * size), f"memory the guest needed{each}")
+    needed = sum(len(one.page) * one.page_size for one in made.sets) / runs
+    each = ", per run" if runs > 1 else ""
+    faults = f"{sum(one.faults for one in found) / runs:,.0f}"
+    yield _card(faults, f"{'fault' if faults == '1' else 'faults'} of all kinds{each}")
+    yield _card(_waited(stopped), f"vCPU time that these took{each}")
+    yield _card(round_size(round(needed)), f"memory the guest needed{each}")
     yield _card(round_size(plan.size), f"the plan pre-faults, in {plural(len(plan.ranges), 'range')}")
     yield _card(f"{told.faults_saved:,.0f}", f"faults it saves{each}")
-    yield _card(("-" if told.net_ns < 0 else "") + format_duration(abs(told.net_ns)), "saved in all, net")
+    yield _card(
+        ("-" if told.net_ns < 0 else "") + format_duration(abs(told.net_ns)), f"vCPU time saved, net{each}"
+    )
 
 
 def _card(value: str, label: str) -> str:
@@ -90,8 +98,20 @@ def _card(value: str, label: str) -> str:
 def _advice(plan: Plan) -> str:
     if not plan.advice:
         return ""
-    items = "\n".join(f"<li>{escape(one.text)}.</li>" for one in plan.advice)
-    return f"<h2>What to do, and what to know</h2>\n<ul>\n{items}\n</ul>"
+    # What settles the matter comes first.
+    ordered = sorted(plan.advice, key=lambda one: one.kind not in ("nothing", *USELESS))
+    items = "\n".join(f"<li>{escape(one.text[:1].upper() + one.text[1:])}.</li>" for one in ordered)
+    return f"<h2>What else to know</h2>\n<ul>\n{items}\n</ul>"
+
+
+def _step(step: Step) -> str:
+    command = f"\n<pre><code>{escape(step.command)}</code></pre>" if step.command else ""
+    return f"<li>{escape(step.text)}{command}</li>"
+
+
+def _waited(ns: float) -> str:
+    """A recording without durations adds up to none."""
+    return format_duration(ns) if ns else "not known"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
@@ -114,39 +134,49 @@ def _bar(share: float) -> _Markup:
     return _Markup(f'<td class="bar"><i style="width:{100 * share:.1f}%"></i></td>')
 
 
-def _per_vcpu(recording: Recording, name: str) -> str:
+def _per_vcpu(recording: Recording, caption: str) -> str:
     labels, index, count = np.unique(recording.vcpu_labels(), return_inverse=True, return_counts=True)
     spent = np.bincount(index, np.maximum(recording.faults.duration_ns, 0), minlength=len(labels))
+    names = names_of(labels, recording)
     most = count.max(initial=1)
     order = np.argsort(-count, kind="stable")[:64] if len(labels) > 64 else np.arange(len(labels))
     rows = [
         (
-            label_of(int(labels[one]), recording),
+            names[one],
             f"{count[one]:,}",
-            format_duration(float(spent[one])),
+            _waited(float(spent[one])),
             _bar(count[one] / most),
         )
         for one in order
     ]
-    return _table(("vCPU", "faults", "stopped for", ""), rows, name)
+    return _table(("vCPU", "faults", "stopped for", "share of the busiest"), rows, caption)
 
 
-def _per_region(recording: Recording, plan: Plan, name: str) -> str:
-    found = regions(recording, plan)
-    most = max((one.faults for one in found), default=1)
+def _per_region(recording: Recording, needed: WorkingSet, plan: Plan, caption: str) -> str:
+    found = regions(recording, needed, plan)
+    if not found:
+        return f"<p>{escape(caption)} No fault on memory that was not mapped.</p>"
+    most = found[0].faults
     rows = [
         (
             f"{one.ipa:#x}",
             f"{one.faults:,}",
-            format_duration(one.wait_ns),
+            _waited(one.wait_ns),
             f"{one.pages:,} of {one.size // recording.metadata.page_size:,}",
             f"{100 * one.planned // max(1, one.pages)} %",
             _bar(one.faults / most),
         )
         for one in found
     ]
-    head = ("2 MiB of memory at", "faults (not mapped)", "guest waited", "pages touched", "in the plan", "")
-    return _table(head, rows, name)
+    head = (
+        "2 MiB of memory at",
+        "faults (not mapped)",
+        "guest waited",
+        "pages touched",
+        "in the plan",
+        "share of the most",
+    )
+    return _table(head, rows, caption)
 
 
 def _about(recordings: Sequence[Recording]) -> str:
@@ -156,7 +186,7 @@ def _about(recordings: Sequence[Recording]) -> str:
             one.metadata.architecture,
             format_size(one.metadata.page_size),
             one.metadata.kernel or "not known",
-            f"{one.metadata.seconds:.3g} s",
+            format_duration(one.metadata.seconds * 1e9),
             f"{len(one):,}",
             f"{one.metadata.lost_events:,}",
             f"{one.metadata.bad_lines:,}",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from prefault.faults.plan import Plan, Range
+from prefault.faults.plan import END, Plan, Range
 from prefault.faults.planning import covered
 from prefault.faults.recording import Recording
 from prefault.faults.syndrome import Kind
@@ -23,7 +23,11 @@ MOST_VCPUS = 16
 
 KIND_GROUPS = ("not mapped", "write to read-only", "device", "other")
 _GROUP_OF = np.array([0, 1, 3, 2, 3])
-"""Of each ``Kind``."""
+"""Of each ``Kind``, unless the plan knows better."""
+_DEVICE, _OTHER = 2, 3
+
+LEAST_NS = 1000
+"""Of the time axis: a trace's clock often tells no less, and a single fault has no length."""
 
 _CUT_SHARE = 0.99
 """Where so many of the faults come in the first quarter of the time, the axis ends there."""
@@ -82,7 +86,8 @@ def heat(recording: Recording, needed: WorkingSet, plan: Plan, name: str) -> Hea
     since = faults.time_ns - faults.time_ns[0]
     end = _end(since)
     names, vcpu = _vcpus(recording)
-    dense = _dense(recording, np.minimum(since * COLUMNS // end, COLUMNS - 1), vcpu, len(names))
+    column = np.minimum(since * COLUMNS // end, COLUMNS - 1)
+    dense = _dense(recording, column, vcpu, len(names), groups(recording, needed))
     first = np.minimum(needed.first_ns * COLUMNS // end, COLUMNS - 1)
     in_plan = covered(needed.page, needed.page_size, plan.ranges)
     return Heat(
@@ -126,12 +131,30 @@ class _Dense:
         return _Dense(count, wait, rows, self.shift + 1)
 
 
-def _dense(recording: Recording, column: Int64, vcpu: Int64, vcpus: int) -> _Dense:
+def groups(recording: Recording, needed: WorkingSet) -> Int64:
+    """Of each fault the number in KIND_GROUPS; "not mapped" are those that the plan counts, and no others."""
+    faults = recording.faults
+    found: Int64 = _GROUP_OF[faults.kind]
+    apart = (faults.kind == Kind.TRANSLATION) & ~_on_memory(recording, needed)
+    ours = (faults.nested != 1) & (faults.ipa < np.uint64(END))
+    found[apart] = np.where(ours[apart], _DEVICE, _OTHER)
+    return found
+
+
+def _on_memory(recording: Recording, needed: WorkingSet) -> npt.NDArray[np.bool_]:
+    """Whether each fault is a translation fault on what the plan takes for memory."""
+    faults = recording.faults
+    found = np.isin(faults.ipa // np.uint64(needed.page_size), needed.page)
+    found &= (faults.kind == Kind.TRANSLATION) & (faults.nested != 1)
+    return found
+
+
+def _dense(recording: Recording, column: Int64, vcpu: Int64, vcpus: int, group: Int64) -> _Dense:
     faults = recording.faults
     rows, shift = _rows(faults.ipa, recording.metadata.page_size)
     row = np.searchsorted(rows, faults.ipa >> np.uint64(shift))
     shape = (COLUMNS, len(rows), vcpus, len(KIND_GROUPS))
-    key = np.ravel_multi_index((column, row, vcpu, _GROUP_OF[faults.kind]), shape)
+    key = np.ravel_multi_index((column, row, vcpu, group), shape)
     size = int(np.prod(shape))
     count = np.bincount(key, minlength=size).reshape(shape)
     known = np.maximum(faults.duration_ns, 0)
@@ -158,7 +181,7 @@ def _end(since: Int64) -> int:
     """Where the time axis ends."""
     last = int(since[-1])
     most = int(since[int(len(since) * _CUT_SHARE)])
-    return max(1, (most * 11 // 10 if most * 4 < last else last) + 1)
+    return max(LEAST_NS, (most * 11 // 10 if most * 4 < last else last) + 1)
 
 
 def _rows(ipa: npt.NDArray[np.uint64], page_size: int) -> tuple[npt.NDArray[np.uint64], int]:
@@ -176,9 +199,7 @@ def _vcpus(recording: Recording) -> tuple[list[str], Int64]:
     of_fault = recording.vcpu_labels()
     labels = np.unique(of_fault)
     index = np.searchsorted(labels, of_fault)
-    names = [label_of(int(one), recording) for one in labels]
-    if len(np.unique(recording.faults.pid)) > 1:  # the same number in several VMs
-        names = [name if name.startswith("thread") else f"{name}, all VMs" for name in names]
+    names = names_of(labels, recording)
     if len(labels) <= MOST_VCPUS:
         return names, index
     count = np.bincount(index)
@@ -186,6 +207,14 @@ def _vcpus(recording: Recording) -> tuple[list[str], Int64]:
     renumbered = np.full(len(labels), len(kept))
     renumbered[kept] = np.arange(len(kept))
     return [*(names[one] for one in kept), f"{len(labels) - len(kept)} others"], renumbered[index]
+
+
+def names_of(labels: Int64, recording: Recording) -> list[str]:
+    """Names of vCPUs; the same number in several VMs is one."""
+    names = [label_of(int(one), recording) for one in labels]
+    if len(np.unique(recording.faults.pid)) > 1:
+        names = [name if name.startswith("thread") else f"{name}, all VMs" for name in names]
+    return names
 
 
 def label_of(label: int, recording: Recording) -> str:
@@ -223,10 +252,10 @@ class Region:
 REGION = 2 << 20
 
 
-def regions(recording: Recording, plan: Plan, most: int = 12) -> list[Region]:
-    """The parts of 2 MiB with the most translation faults on memory."""
+def regions(recording: Recording, needed: WorkingSet, plan: Plan, most: int = 12) -> list[Region]:
+    """The parts of 2 MiB with the most translation faults on memory, which is what the plan takes for it."""
     faults, size = recording.faults, recording.metadata.page_size
-    memory = faults.take((faults.kind == Kind.TRANSLATION) & (faults.nested != 1))
+    memory = faults.take(_on_memory(recording, needed))
     of_fault = memory.ipa // np.uint64(REGION)
     number = np.unique(of_fault)
     index = np.searchsorted(number, of_fault)

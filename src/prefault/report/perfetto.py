@@ -28,6 +28,8 @@ _POINTS = 2000
 
 _MIB = 1 << 20
 
+Int64 = npt.NDArray[np.int64]
+
 
 def trace(made: Made, recordings: Sequence[Recording]) -> Iterator[str]:
     """The trace, in pieces."""
@@ -43,18 +45,29 @@ def _lines(made: Made, recordings: Sequence[Recording]) -> Iterator[str]:
     for number, (recording, needed) in enumerate(zip(recordings, made.sets, strict=True), 1):
         name = f"run {number}: {recording.metadata.source or 'recording'}"
         yield json.dumps({"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}})
-        labels = np.unique(recording.vcpu_labels())
-        for thread, label in enumerate(labels.tolist(), 1):
-            args = {"name": label_of(label, recording)}
-            yield json.dumps({"ph": "M", "name": "thread_name", "pid": number, "tid": thread, "args": args})
-        yield from _slices(number, recording, made.plan, labels)
+        names, thread = _tracks(recording)
+        for tid, name in enumerate(names, 1):
+            args = {"name": name}
+            yield json.dumps({"ph": "M", "name": "thread_name", "pid": number, "tid": tid, "args": args})
+        yield from _slices(number, recording, made.plan, thread)
         yield from _counters(number, needed, made.plan)
 
 
-def _slices(number: int, recording: Recording, plan: Plan, labels: npt.NDArray[np.int64]) -> Iterator[str]:
+def _tracks(recording: Recording) -> tuple[list[str], Int64]:
+    """Names of the vCPUs, and the number of each fault's, from 1; those of two VMs are two."""
+    pid, label = recording.faults.pid.astype(np.int64), recording.vcpu_labels()
+    _, first, index = np.unique(pid * (1 << 32) + label, return_index=True, return_inverse=True)
+    several = len(np.unique(pid)) > 1
+    names = [
+        label_of(int(label[at]), recording) + (f" of process {pid[at]}" if several and pid[at] >= 0 else "")
+        for at in first
+    ]
+    return names, index + 1
+
+
+def _slices(number: int, recording: Recording, plan: Plan, thread: Int64) -> Iterator[str]:
     faults, size = recording.faults, recording.metadata.page_size
     start = int(faults.time_ns[0]) if len(faults) else 0
-    thread = np.searchsorted(labels, recording.vcpu_labels()) + 1
     planned = covered(faults.ipa // np.uint64(size), size, plan.ranges)
     duration = _within(faults.time_ns, faults.duration_ns, thread)
     for begin in range(0, len(faults), _BATCH):
@@ -77,9 +90,7 @@ def _slices(number: int, recording: Recording, plan: Plan, labels: npt.NDArray[n
             )
 
 
-def _within(
-    time: npt.NDArray[np.int64], duration: npt.NDArray[np.int64], thread: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
+def _within(time: Int64, duration: Int64, thread: Int64) -> Int64:
     """Durations that end before the thread's next fault: slices of a track may not overlap.
 
     A duration counts from the exit, which is a moment before the fault.
@@ -88,7 +99,7 @@ def _within(
     gap = np.full(len(time), np.iinfo(np.int64).max)
     same = thread[order][1:] == thread[order][:-1]
     gap[order[:-1]] = np.where(same, np.diff(time[order]), gap[order[:-1]])
-    within: npt.NDArray[np.int64] = np.minimum(duration, gap)
+    within: Int64 = np.minimum(duration, gap)
     return within
 
 

@@ -26,6 +26,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def _faults(count: float) -> str:
+    """One is singular, a mean of several runs is not."""
+    return "1 stage-2 fault" if count == 1 else f"{number(count)} stage-2 faults"
+
+
 def sentences(plan: Plan, seconds: float) -> Iterator[str]:
     """The plan in short.
 
@@ -34,8 +39,7 @@ def sentences(plan: Plan, seconds: float) -> Iterator[str]:
     told = plan.prediction
     run = "your guest" if plan.runs == 1 else f"your guest ({plan.runs} runs, on average)"
     yield (
-        f"In {format_duration(seconds * 1e9)}, {run} took {number(told.faults)} stage-2 faults on memory "
-        "that was not "
+        f"In {format_duration(seconds * 1e9)}, {run} took {_faults(told.faults)} on memory that was not "
         f"mapped yet, costing {format_duration(told.faults_ns)} of its vCPUs' time."
     )
     if not plan.ranges:

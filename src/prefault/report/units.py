@@ -32,8 +32,9 @@ def round_size(size: int) -> str:
 def format_duration(ns: float) -> str:
     """Three digits and a unit: ``1.53 s``, ``27 ms``."""
     for unit, scale in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
-        if ns >= scale:
-            return f"{ns / scale:.3g} {unit}"
+        if ns >= 0.9995 * scale:  # what three digits round up to 1 of this unit
+            value = ns / scale
+            return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
     return f"{ns:.0f} ns"
 
 
