@@ -155,32 +155,31 @@ def _mapped(patch: Patch) -> L2Mapping:
     return L2Mapping(region.gpa, region.gpa, region.size, level)
 
 
+_ADVICE = (
+    *(Advice.HUGEPAGE, Advice.NOHUGEPAGE, Advice.COLLAPSE),
+    *(Advice.POPULATE_READ, Advice.POPULATE_WRITE),
+)
+
+
 class Host:
-    """Does to its memory what a host does. What must stay, stays.
+    """Does to its memory what a host does. What must stay, stays."""
 
-    :param gently: KVM is told of few pages. Each time it takes the shadow MMUs apart, which are as large as
-        the physical address space: half a second, and many seconds on a debug kernel
-    """
-
-    def __init__(self, ground: Ground, chance: random.Random, pause: float, *, gently: bool = False) -> None:
+    def __init__(self, ground: Ground, chance: random.Random, pause: float) -> None:
         self._ground, self._chance, self._pause = ground, chance, pause
-        self._most = 4 if gently else 600
-        self._weights = [60, 25, 10, 3, 0, 2] if gently else [60, 25, 10, 3, 1, 2]
-        self._gently = gently
 
     def __call__(self) -> str:
         """One thing."""
         time.sleep(self._pause)
         what = self._chance.choices(
             [self._throw_away, self._advise, self._protect, self._fork, self._compact, self._merge],
-            self._weights,
+            [60, 25, 10, 3, 1, 2],
         )[0]
         return what()
 
-    def _part(self, patch: Patch, most: int = 600) -> tuple[int, int]:
+    def _part(self, patch: Patch) -> tuple[int, int]:
         pages = self._ground.pages(patch)
         first = self._chance.randrange(len(pages))
-        count = min(_few(self._chance, 600), most, len(pages) - first)
+        count = min(_few(self._chance, 600), len(pages) - first)
         return pages[first], count * self._ground.page
 
     def _choose(self, *, volatile: bool = False) -> Patch:
@@ -199,10 +198,8 @@ class Host:
         return "MADV_DONTNEED"
 
     def _advise(self) -> str:
-        # Copy-on-write, and collapsing a file, tell KVM page by page.
-        gpa, size = self._part(self._choose(), self._most)
-        kinds = [Advice.HUGEPAGE, Advice.NOHUGEPAGE, Advice.POPULATE_READ, Advice.POPULATE_WRITE]
-        advice = self._chance.choice(kinds if self._gently else [*kinds, Advice.COLLAPSE])
+        gpa, size = self._part(self._choose())
+        advice = self._chance.choice(_ADVICE)
         try:
             self._ground.vm.advise(gpa, size, advice)
         except CapabilityMissing:
@@ -228,7 +225,7 @@ class Host:
         return "compaction"
 
     def _merge(self) -> str:
-        gpa, size = self._part(self._choose(), self._most)
+        gpa, size = self._part(self._choose())
         self._ground.vm.advise(gpa, size, Advice.MERGEABLE)
         return "MADV_MERGEABLE"
 

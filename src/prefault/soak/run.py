@@ -103,7 +103,7 @@ def play(kvm: Kvm, config: SoakConfig, number: int) -> Round:
         for program in bodies:
             vm.install(program)
         reader = check.Reader(ground)
-        slots = Slots(ground, chance, 0.2 if nested else 0.01)
+        slots = Slots(ground, chance, 0.01)
         wrong: list[str] = []
         try:
             acts: list[list[Act]] = []
@@ -112,10 +112,7 @@ def play(kvm: Kvm, config: SoakConfig, number: int) -> Round:
                 run = Runner(ground, vcpu, random.Random(chance.random()), bodies)
                 both: list[Act] = [pre_fault, run]
                 acts.append(both[index : index + 1] if index < 2 else both)
-            pause = 0.3 if nested else 0.001
-            others: list[Act] = [
-                Host(ground, random.Random(chance.random()), pause, gently=nested) for _ in range(2)
-            ]
+            others: list[Act] = [Host(ground, random.Random(chance.random()), 0.001) for _ in range(2)]
             for bout in range(max(1, round(config.round_seconds / config.bout_seconds))):
                 ground.look_at(chance)
                 # Guests that run repair what they meet, so that less is left to be seen.
