@@ -29,8 +29,6 @@ Examples:
 \b
 Exit codes: 0 every point holds, 1 one does not, 2 usage, 3 operating error, 77 no lab."""
 
-LIMIT_SECONDS = 30.0
-
 
 class _Options(TypedDict):
     first: int
@@ -90,7 +88,7 @@ def _look_at(number: int, series: Series, progress: Progress) -> Point:
     except BuildFailed as error:
         return Point(number, name, problem=str(error))
     options = MachineOptions(append=in_lab.HUGE_PAGES)
-    return _point(number, name, judge(image, options, LIMIT_SECONDS, progress))
+    return _point(number, name, judge(image, options, in_lab.LIMIT_SECONDS, progress))
 
 
 def _point(number: int, name: str, found: Judgement) -> Point:

@@ -38,9 +38,6 @@ Examples:
 Exit codes: 0 all were caught, but for those that nobody can tell from a right kernel, 1 one was not,
 2 usage, 3 operating error, 77 no lab."""
 
-LIMIT_SECONDS = 20.0
-"""What one scenario may take: a mutant that hangs must not take the afternoon. More on a slow kernel."""
-
 
 class _Options(TypedDict):
     names: tuple[str, ...]
@@ -135,7 +132,7 @@ def catch(mutant: Mutant, options: _Options, progress: Progress) -> Verdict:
     machine = MachineOptions(
         variant.memory_mib, mode=mutant.mode, append=(*in_lab.HUGE_PAGES, *variant.arguments)
     )
-    limit = LIMIT_SECONDS * variant.slow
+    limit = in_lab.LIMIT_SECONDS * variant.slow
     try:
         bad = judge(image, machine, limit, progress, all_of_them=options["all_scenarios"]).bad
     except LabLost as error:

@@ -310,15 +310,14 @@ def what_is_dropped_at_any_moment_of_a_prefault_is_not_mapped(
     """The guest reads what the host has written since: who maps an older page is noticed."""
     few = 4 * PAGES * stage.page
     # Of guest_memfd, few pages are long enough; x86 takes them away one by one, which takes it long as well.
-    size = {Backing.THP: stage.block, Backing.GUEST_MEMFD: few}.get(backing, max(few, _LONG))
+    enough = {Backing.THP: stage.block, Backing.GUEST_MEMFD: few, Backing.FILE_PRIVATE: max(few, _LONG // 4)}
+    size = enough.get(backing, max(few, _LONG))
     drop = Advice.REMOVE if backing is Backing.GUEST_MEMFD else Advice.DONTNEED
     # Of a file, only one page in so many takes the path that all of this is about.
-    step, count = size // PAGES, _MOMENTS
-    if backing is Backing.FILE_PRIVATE:
-        step, count = _AROUND * stage.page, 3 * _MOMENTS
-    looked_at, moments = range(DATA, DATA + size, step), range(1, 1 + count)
+    step = _AROUND * stage.page if backing is Backing.FILE_PRIVATE else size // PAGES
+    looked_at, moments = range(DATA, DATA + size, step), range(1, 1 + _MOMENTS)
     vm = stage.vm(MemoryRegion(1, DATA, size, backing))
-    vcpu = stage.vcpu(vm, *(count * (Walk(DATA, size, step), Report())))
+    vcpu = stage.vcpu(vm, *(_MOMENTS * (Walk(DATA, size, step), Report())))
 
     def renew(value: int) -> None:
         vm.advise(DATA, size, drop)
