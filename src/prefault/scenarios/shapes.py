@@ -122,6 +122,21 @@ def progress_inside_a_huge_page_is_cut_to_the_range(stage: Stage, kind: str) -> 
     stage.shown_leaves(vm)
 
 
+@scenarios("M2", "M9", cases=[("contiguous-pages",), ("block",), ("contiguous-blocks",)])
+def a_range_ends_with_its_slot_where_the_host_has_more(stage: Stage, kind: str) -> None:
+    """The slot is a part of a huge page, which goes on behind it."""
+    huge = _huge(stage, kind)
+    size = huge // 2 + stage.page
+    vm = _huge_vm(stage, MemoryRegion(1, DATA, size, Backing.HUGETLB, page_size=huge))
+    vcpu = stage.vcpu(vm, Marker(0))
+    progress = stage.pre_fault_once(vcpu, DATA, huge)
+    stage.holds((progress.errno, progress.gpa) == (0, DATA + size), f"to the end of the slot: {progress}")
+    behind = stage.pre_fault_once(vcpu, progress.gpa, progress.size)
+    stage.holds(behind.errno == errno.ENOENT, f"behind the slot: {behind}")
+    found = stage.leaves(vm)
+    stage.holds(sum(leaf.size for leaf in found) == size, f"{size:#x} bytes are more than {found}")
+
+
 @scenarios("M7", "M9", cases=[("contiguous-pages",), ("contiguous-blocks",)])
 def logged_huge_pages_are_mapped_by_pages(stage: Stage, kind: str) -> None:
     huge = _huge(stage, kind)
