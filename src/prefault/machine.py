@@ -42,6 +42,12 @@ class Backing(enum.Enum):
     """A guest_memfd with GUEST_MEMFD_FLAG_MMAP | INIT_SHARED."""
     DEVICE = "device"
     """The machine's NOR flash, mapped through /dev/mem: uncached, and without pages (VM_PFNMAP)."""
+    SECRET = "secret"
+    """A memfd_secret(2): memory that nobody may access but the VMM itself, and so no guest."""
+
+
+GUEST_MEMORY = tuple(one for one in Backing if one not in (Backing.DEVICE, Backing.SECRET))
+"""What guests can have for memory."""
 
 
 class Resident(enum.Enum):

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefault.errors import UsageError
-from prefault.machine import Backing, Resident
-from prefault.vmm.config import BACKINGS, MIB, GuestConfig
+from prefault.machine import GUEST_MEMORY, Backing, Resident
+from prefault.vmm.config import MIB, GuestConfig
 from prefault.vmm.order import Boot, How, Restore, Watch, boot_from, plain, restore_from
 
 GUESTS = st.builds(
     GuestConfig,
     memory=st.integers(8, 1000).map(lambda number: number * 2 * MIB),
     vcpus=st.integers(1, 8),
-    backing=st.sampled_from(BACKINGS),
+    backing=st.sampled_from(GUEST_MEMORY),
     huge_page_size=st.sampled_from([0, 2 * MIB]),
     resident=st.sampled_from(Resident),
     el2=st.booleans(),

@@ -31,10 +31,10 @@ from prefault.lab import guestfs, runs
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, JobFile, JobResult, command_line, run_job
 from prefault.lab.machine import MachineOptions
-from prefault.machine import Resident
+from prefault.machine import GUEST_MEMORY, Resident
 from prefault.report.units import format_size
 from prefault.vmm import app, ranges, snapshot
-from prefault.vmm.config import BACKINGS, MAX_VCPUS, GuestConfig
+from prefault.vmm.config import MAX_VCPUS, GuestConfig
 from prefault.vmm.order import COMMAND_LINE, Boot, How, Restore, Watch, plain
 from prefault.vmm.saved import Saved
 from prefault.vmm.snapshot import Snapshot
@@ -131,7 +131,7 @@ def _shared_options(command: _Command) -> _Command:
 def _backing_option(default: str | None) -> Callable[[_Command], _Command]:
     return click.option(
         "--backing",
-        type=click.Choice([backing.value for backing in BACKINGS]),
+        type=click.Choice([backing.value for backing in GUEST_MEMORY]),
         default=default,
         show_default=default is not None,
         help="What is behind the guest's memory.",
@@ -394,7 +394,7 @@ def _added(text: str) -> tuple[str, bytes]:
 
 
 def _backing(name: str) -> Any:
-    return next(backing for backing in BACKINGS if backing.value == name)
+    return next(backing for backing in GUEST_MEMORY if backing.value == name)
 
 
 def _refuse(options: _SharedOptions) -> None:

@@ -16,7 +16,7 @@ from prefault.cli.kernels import KernelOptions, lab_options
 from prefault.cli.values import Percent, Size
 from prefault.errors import CapabilityMissing, ExitCode, LabError, Mismatch, PrefaultError, UsageError
 from prefault.lab.job import JobResult
-from prefault.machine import Backing, Resident
+from prefault.machine import GUEST_MEMORY, Backing, Resident
 from prefault.report.units import format_size, plural
 from prefault.scenarios.walk import WalkConfig, When
 
@@ -58,7 +58,7 @@ def walk_options(size: str) -> Callable[[_Command], _Command]:
         ),
         click.option(
             "--backing",
-            type=click.Choice([backing.value for backing in Backing if backing is not Backing.DEVICE]),
+            type=click.Choice([backing.value for backing in GUEST_MEMORY]),
             default=Backing.PRIVATE.value,
             show_default=True,
             help="What is behind the memslot.",

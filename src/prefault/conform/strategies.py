@@ -29,7 +29,7 @@ from prefault.guest.program import (
     Walk,
     Write,
 )
-from prefault.machine import Access, Advice, Backing, MemoryRegion, Resident, SlotFlags
+from prefault.machine import GUEST_MEMORY, Access, Advice, Backing, MemoryRegion, Resident, SlotFlags
 from prefault.scenarios.program import (
     BLOCK,
     PAGE,
@@ -141,14 +141,12 @@ _PLAIN = _steps(DATA, SPAN)
 
 # Slots.
 
-_BACKINGS = [backing for backing in Backing if backing is not Backing.DEVICE]
-"""What is written to a device need not be read again."""
 _REGION = st.builds(
     MemoryRegion,
     slot=st.integers(1, 3),
     gpa=st.sampled_from([0, *_STARTS]).map(lambda at: DATA + at),
     size=st.sampled_from(_SIZES),
-    backing=st.sampled_from([*_BACKINGS, Backing.THP, Backing.HUGETLB, Backing.PRIVATE]),
+    backing=st.sampled_from([*GUEST_MEMORY, Backing.THP, Backing.HUGETLB, Backing.PRIVATE]),
     resident=st.sampled_from(list(Resident)),
     flags=st.sampled_from([0, 0, 0, 1, 1, 2, 3]).map(SlotFlags),
     hva_offset=st.sampled_from([0, 0, 0, PAGE]),

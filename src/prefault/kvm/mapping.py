@@ -24,6 +24,8 @@ MADV_COLLAPSE = 25
 MADV_HWPOISON = 100
 MADV_SOFT_OFFLINE = 101
 
+_NR_MEMFD_SECRET = 447
+"""On all architectures but those that have none."""
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
@@ -53,6 +55,20 @@ def _map(hva: int, size: int, protection: int, flags: int, fd: int, offset: int 
             "ask for less memory, or free some (huge pages must be reserved beforehand)"
         )
     return int(result)
+
+
+def secret_file() -> int:
+    """A file of secret memory, by its descriptor (memfd_secret(2)).
+
+    :raises CapabilityMissing: this kernel has none
+    """
+    fd = int(_libc.syscall(_NR_MEMFD_SECRET, os.O_CLOEXEC))
+    if fd < 0:
+        raise CapabilityMissing(
+            f"this kernel has no secret memory: {os.strerror(ctypes.get_errno())}; it needs "
+            "CONFIG_SECRETMEM, and secretmem.enable=1 before Linux 6.5"
+        )
+    return fd
 
 
 def map_shared(fd: int, size: int) -> int:

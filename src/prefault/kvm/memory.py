@@ -210,6 +210,10 @@ def _file(memory: Memory, region: MemoryRegion, length: int, huge: int) -> int:
     elif region.backing is Backing.DEVICE:
         memory._fds.append(devmem.open_devmem())
         return memory._fds[-1]
+    elif region.backing is Backing.SECRET:
+        memory._fds.append(mapping.secret_file())
+        os.ftruncate(memory.fd, length)
+        return memory.fd
     elif region.backing in (Backing.FILE_PRIVATE, Backing.FILE_SHARED):
         flags = 0
     else:

@@ -7,6 +7,7 @@ from prefault.errors import CapabilityMissing, Mismatch
 from prefault.guest.port import Reported
 from prefault.guest.program import Marker, Read, Report, Walk, Write
 from prefault.machine import (
+    GUEST_MEMORY,
     Access,
     Advice,
     Backing,
@@ -21,7 +22,6 @@ from prefault.machine import (
 from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
 
 PAGES = 16
-EVERY = tuple(backing for backing in Backing if backing is not Backing.DEVICE)
 
 
 def _pages(stage: Stage, backing: Backing) -> int:
@@ -130,7 +130,7 @@ def memory_that_the_host_may_only_read_comes_out_read_only(stage: Stage) -> None
     stage.holds(not any(leaf.writable for leaf in stage.shown_leaves(vm)), "PROT_READ came out writable")
 
 
-LOGGED = tuple(backing for backing in EVERY if backing is not Backing.GUEST_MEMFD)
+LOGGED = tuple(backing for backing in GUEST_MEMORY if backing is not Backing.GUEST_MEMFD)
 
 
 @scenarios("M7", "M9", cases=[(backing,) for backing in LOGGED])
@@ -214,12 +214,12 @@ def _same_leaves(stage: Stage, region: MemoryRegion, config: VmConfig = VmConfig
     return found
 
 
-@scenarios("M1", "M9", cases=[(backing, resident) for backing in EVERY for resident in Resident])
+@scenarios("M1", "M9", cases=[(backing, resident) for backing in GUEST_MEMORY for resident in Resident])
 def prefaulting_maps_what_demand_faults_map(stage: Stage, backing: Backing, resident: Resident) -> None:
     _same_leaves(stage, stage.data(_pages(stage, backing), backing, resident=resident))
 
 
-TAGGED = tuple(backing for backing in EVERY if backing is not Backing.GUEST_MEMFD)
+TAGGED = tuple(backing for backing in GUEST_MEMORY if backing is not Backing.GUEST_MEMFD)
 
 
 @scenarios("M1", "M14", cases=[(backing, resident) for backing in TAGGED for resident in Resident])

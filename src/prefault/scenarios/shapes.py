@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import errno
+import random
 
 from prefault.abi.constants import KVM_CAP_ARM_VM_IPA_SIZE
 from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.guest.program import Execute, Marker, Read, Report, Walk, Write
 from prefault.machine import Advice, Backing, Failed, Leaf, MemoryRegion, Resident, SlotFlags, Vm, VmConfig
 from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
+
+_TABLES = 24
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 TOUCHES = 512
@@ -289,6 +292,66 @@ def memory_without_pages_is_mapped_as_by_demand_faults(stage: Stage) -> None:
     with ahead.count_faults() as counts:
         stage.proceed(vcpu)
     stage.holds(counts.total == 0, f"{counts.total} stage-2 faults on memory that is mapped")
+
+
+@scenario("M14", "M6")
+def secret_memory_is_for_no_guest(stage: Stage) -> None:
+    """Though the host has it mapped like any other."""
+    region = MemoryRegion(1, DATA, 16 * stage.page, Backing.SECRET)
+    vm = stage.vm(region)
+    vm.write_memory(DATA, bytes(region.size))
+    vcpu = stage.vcpu(vm, Marker(0), Read(DATA), Marker(1))
+    stage.proceed(vcpu)
+    progress = stage.pre_fault_once(vcpu, DATA, region.size)
+    stage.holds((progress.errno, progress.gpa) == (errno.EFAULT, DATA), f"secret memory gave {progress}")
+    stage.shown_leaves(vm)
+    event = stage.proceed(vcpu)
+    stage.holds(isinstance(event, Failed), f"the guest's own access came to {event}")
+
+
+def _in_no_order(addresses: list[int]) -> list[int]:
+    return random.Random(1).sample(addresses, len(addresses))
+
+
+@scenarios("M1", "M9", cases=[("host",), ("guest",)])
+def pages_behind_the_end_of_a_table_hold_what_the_host_wrote(stage: Stage, whose: str) -> None:
+    """The host's tables end elsewhere than the guest's, and all lie in memory in no order."""
+    few = 8 * stage.page
+    end_of_table = {"host": stage.block - few, "guest": stage.block}[whose]
+    offset = {"host": few, "guest": stage.block - few}[whose]
+    vm = stage.vm(MemoryRegion(1, DATA, _TABLES * stage.block, hva_offset=offset))
+    ends = [DATA + end_of_table + number * stage.block for number in range(_TABLES - 1)]
+    values = {end + at: 1 + (end + at) // stage.page for end in ends for at in range(-few, few, stage.page)}
+    for gpa in (*_in_no_order(ends), *values):
+        vm.write_memory(gpa, values[gpa].to_bytes(8, "little"))
+    walks = (step for end in ends for step in (Walk(end - few, 2 * few, stage.page), Report()))
+    vcpu = stage.vcpu(vm, Marker(0), *walks)
+    stage.proceed(vcpu)
+    for end in _in_no_order(ends):
+        stage.pre_fault(vcpu, end - few, 2 * few)
+    with vm.count_faults() as counts:
+        read = stage.finish(vcpu)
+    stage.holds(counts.total == 0, f"{counts.total} stage-2 faults on memory that was pre-faulted")
+    wanted = [sum(values[end + at] for at in range(-few, few, stage.page)) for end in ends]
+    stage.holds(read == wanted, f"the guest read what sums up to {read}, not to {wanted}")
+
+
+@scenario("M2", "M10")
+def leaves_behind_the_end_of_a_table_are_those_of_the_next(stage: Stage) -> None:
+    """Tables lie in memory in no order: some begin, some end with what the guest has, and no two in a row."""
+    few = 8 * stage.page
+    vm = stage.vm(MemoryRegion(1, DATA, _TABLES * stage.block))
+    ends = [DATA + number * stage.block for number in range(1, _TABLES, 3)]
+    walks = (Walk(end - few, 2 * few, stage.page) for end in ends)
+    vcpu = stage.vcpu(vm, Marker(0), *walks, Report())
+    stage.proceed(vcpu)
+    there = [*(end - few for end in ends), *(end + stage.block for end in ends[:-1])]
+    for gpa in _in_no_order(there):
+        stage.pre_fault(vcpu, gpa, few)
+    for end in ends:
+        stage.pre_fault(vcpu, end - few, 2 * few)
+    faults = stage.faults(vm, vcpu).total
+    stage.holds(faults == 0, f"{faults} stage-2 faults on memory that was pre-faulted")
 
 
 @scenario("M14", "M7")

@@ -39,6 +39,7 @@ def create(host: Host, region: MemoryRegion) -> Vma:
     vma.thp = region.backing is Backing.THP
     if region.backing is Backing.DEVICE:
         vma.pfn, vma.uncached = FLASH >> host.memory.page_shift, True
+    vma.secret = region.backing is Backing.SECRET
     host.mm.mmap(vma)
     if region.resident is not Resident.NOTHING and not vma.pfn:
         host.mm.populate(hva, hva + region.size, write=region.resident is Resident.WRITE)
@@ -114,7 +115,7 @@ def _file(host: Host, region: MemoryRegion, length: int, huge: int) -> File | No
     """Shared anonymous memory is a file, too: shmem."""
     if region.backing in (Backing.PRIVATE, Backing.THP, Backing.DEVICE):
         return None
-    cached = region.backing not in (Backing.HUGETLB, Backing.GUEST_MEMFD)
+    cached = region.backing not in (Backing.HUGETLB, Backing.GUEST_MEMFD, Backing.SECRET)
     file = File(length, huge.bit_length() - 1, fault_around=cached)
     if region.backing is Backing.FILE_PRIVATE:
         contents = FILE_CONTENTS * (huge // len(FILE_CONTENTS))

@@ -66,6 +66,7 @@ class Vma:
     :ivar shared: MAP_SHARED; a private file mapping is copied on write
     :ivar pfn: first frame of a VM_PFNMAP mapping, else 0
     :ivar uncached: mapped as a device is
+    :ivar secret: of a memfd_secret(2); nobody else gets at its pages
     :ivar thp: MADV_HUGEPAGE
     :ivar nohugepage: MADV_NOHUGEPAGE
     :ivar hugetlb: the file's pages are huge, of the size 1 << file.shift
@@ -86,6 +87,7 @@ class Vma:
     thp: bool = False
     pfn: int = 0
     uncached: bool = False
+    secret: bool = False
     missing: FaultHandler | None = None
     minor: FaultHandler | None = None
     write_protect: FaultHandler | None = None
@@ -421,8 +423,8 @@ class Mm:
     def get_user_page_fast_only(self, hva: int) -> int | None:
         """The frame of a writable address, without faulting it in. Mirrors: get_user_page_fast_only()"""
         step("gup.fast")
-        found = self.lookup(hva)
-        if found is None or not found[0] & WRITABLE:
+        found, vma = self.lookup(hva), self.vma_lookup(hva)
+        if found is None or not found[0] & WRITABLE or (vma and vma.secret):
             return None
         pfn = self.pfn_of(hva, *found)
         return None if pfn in self.memory.poisoned else self.pin(pfn)
@@ -437,7 +439,7 @@ class Mm:
         while True:
             step("gup")
             vma = self.vma_lookup(hva)
-            if vma is None or vma.pfn:
+            if vma is None or vma.pfn or vma.secret:
                 return -errno.EFAULT
             found = self.lookup(hva)
             if found is None or (write and not found[0] & WRITABLE) or not vma.readable:

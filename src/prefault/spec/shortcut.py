@@ -23,7 +23,7 @@ def prefault_resident(kvm: KvmState, ipa: int, end: int) -> int:
     if slot is None or slot.gmem or slot.flags & INVALID or kvm.mmu_invalidate_in_progress:
         return ipa
     vma = kvm.host.mm.vma_lookup(slot.hva_of(ipa))
-    if vma is None or vma.pfn or vma.hugetlb or vma.thp or not vma.readable:
+    if vma is None or vma.pfn or vma.secret or vma.hugetlb or vma.thp or not vma.readable:
         return ipa
     table, index, level = kvm.mmu.pgt.find(ipa)
     if level != LAST_LEVEL:

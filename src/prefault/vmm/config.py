@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from prefault.errors import UsageError
 from prefault.kvm.device import GIC_REDISTRIBUTORS
-from prefault.machine import Backing, Resident
+from prefault.machine import GUEST_MEMORY, Backing, Resident
 
 RAM_BASE = 0x4000_0000
 UART_BASE = 0x0900_0000
@@ -23,8 +23,6 @@ MIN_MEMORY = 16 * MIB
 _REDISTRIBUTOR_SIZE = 0x2_0000
 
 assert GIC_REDISTRIBUTORS + MAX_VCPUS * _REDISTRIBUTOR_SIZE <= UART_BASE
-
-BACKINGS = tuple(backing for backing in Backing if backing is not Backing.DEVICE)
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class GuestConfig:
                 f"{self.memory:#x} bytes of memory: a guest has at least {MIN_MEMORY // MIB} MiB, "
                 "in multiples of 2 MiB"
             )
-        if self.backing not in BACKINGS:
+        if self.backing not in GUEST_MEMORY:
             raise UsageError(f"a guest's memory cannot be on backing {self.backing.value}")
 
     def to_json(self) -> dict[str, object]:
