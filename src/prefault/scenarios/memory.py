@@ -341,6 +341,25 @@ def memory_shared_with_a_child_is_mapped_read_only(stage: Stage, backing: Backin
     stage.shown_leaves(vm)
 
 
+@scenario("M1", "M6")
+def pages_shared_with_a_child_are_read_only_among_those_that_are_not(stage: Stage) -> None:
+    vm = stage.vm(stage.data(PAGES))
+    pages = [DATA + number * stage.page for number in range(PAGES)]
+    vcpu = stage.vcpu(vm, Marker(0), *(Write(gpa, 0x99) for gpa in pages), Report())
+    stage.proceed(vcpu)
+    for gpa in pages:
+        vm.write_memory(gpa, (0x11).to_bytes(8, "little"))
+    with vm.fork() as child:
+        for gpa in pages[::2]:
+            vm.write_memory(gpa, (0x22).to_bytes(8, "little"))
+        stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+        writable = [leaf.ipa for leaf in stage.leaves(vm) if leaf.writable and leaf.ipa >= DATA]
+        stage.holds(not set(writable) & set(pages[1::2]), f"shared pages came out writable: {writable}")
+        stage.finish(vcpu)
+        kept = [int.from_bytes(child.read_memory(gpa, 8), "little") for gpa in pages]
+    stage.holds(kept == PAGES * [0x11], f"the child has {kept}")
+
+
 @scenarios("M6", cases=[(Backing.SHARED,), (Backing.FILE_SHARED,), (Backing.GUEST_MEMFD,)])
 def a_fork_leaves_shared_memory_alone(stage: Stage, backing: Backing) -> None:
     vm = stage.vm(stage.data(PAGES, backing))
