@@ -7,7 +7,7 @@ from collections import Counter
 
 from prefault.conform.strategies import generate, programs
 from prefault.guest.program import EnterL2, Execute
-from prefault.machine import Advice, Backing
+from prefault.machine import GUEST_MEMORY, Advice
 from prefault.scenarios import perform
 from prefault.scenarios.program import Action, Advise, Guest, SetRegion, scenario
 from prefault.spec import open_spec
@@ -31,7 +31,7 @@ def test_every_kind_of_action_and_every_backing_comes_up() -> None:
     kinds = Counter(type(action) for action in found)
     assert set(kinds) == set(Action.__subclasses__())
     regions = [action.region for action in found if isinstance(action, SetRegion)]
-    assert {region.backing for region in regions} == set(Backing) - {Backing.DEVICE}
+    assert {region.backing for region in regions} == set(GUEST_MEMORY)
     advised = {action.advice for action in found if isinstance(action, Advise)}
     assert advised == set(Advice) - {Advice.HWPOISON, Advice.MERGEABLE}
     steps = [step for action in found if isinstance(action, Guest) for step in action.steps]

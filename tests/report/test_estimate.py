@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 
-from prefault.machine import Backing, FaultCounts, Resident
+from prefault.machine import GUEST_MEMORY, FaultCounts, Resident
 from prefault.report.estimate import Figures, estimate, load_figures, split
 from prefault.scenarios.walk_result import Phase, WalkConfig, WalkResult, WalkRun
 
@@ -59,7 +59,7 @@ def test_nothing_of_the_time_on_the_spec_is_left() -> None:
 @pytest.mark.parametrize("name", ["guest", "l2", "l1"])
 def test_there_are_figures_for_every_memory_that_run_offers(name: str) -> None:
     kept = load_figures()
-    offered = set(Backing) - {Backing.DEVICE}
+    offered = set(GUEST_MEMORY)
     for backing, resident in itertools.product(offered, Resident):
         filed = f"{backing.value}/{resident.value}"
         assert kept.prefault[filed] > 0

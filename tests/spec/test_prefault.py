@@ -14,7 +14,16 @@ from prefault.abi.constants import KVM_CAP_PRE_FAULT_MEMORY
 from prefault.errors import CapabilityMissing
 from prefault.guest import port
 from prefault.guest.program import EnterL2, L2Mapping, Marker, Program, Read, Walk, Write
-from prefault.machine import Backing, Leaf, MemoryRegion, Resident, SlotFlags, VcpuConfig, VmConfig
+from prefault.machine import (
+    GUEST_MEMORY,
+    Backing,
+    Leaf,
+    MemoryRegion,
+    Resident,
+    SlotFlags,
+    VcpuConfig,
+    VmConfig,
+)
 from prefault.scenarios.walk import walk
 from prefault.scenarios.walk_result import WalkConfig
 from prefault.spec import HostConfig, SpecKvm, open_spec, steps
@@ -63,7 +72,7 @@ def outcome(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from([one for one in Backing if one is not Backing.DEVICE]),
+    st.sampled_from(GUEST_MEMORY),
     st.sampled_from(list(Resident)),
     st.sampled_from([SlotFlags.NONE, SlotFlags.READONLY, SlotFlags.LOG_DIRTY_PAGES]),
     st.lists(st.tuples(st.integers(0, 600), st.integers(1, 700)), min_size=1, max_size=4),

@@ -27,6 +27,7 @@ from prefault.guest.program import (
 from prefault.kvm.vm import Vm
 from prefault.machine import (
     FILE_CONTENTS,
+    GUEST_MEMORY,
     Advice,
     Backing,
     Failed,
@@ -65,10 +66,7 @@ EC_INSTRUCTION_ABORT_SAME_EL = 0x21
 SMALL = (Backing.PRIVATE, Backing.SHARED, Backing.FILE_PRIVATE, Backing.FILE_SHARED, Backing.GUEST_MEMFD)
 
 
-MEMORY = [backing for backing in Backing if backing is not Backing.DEVICE]
-
-
-@checks.each(itertools.product(MEMORY, Resident))
+@checks.each(itertools.product(GUEST_MEMORY, Resident))
 def guest_and_host_see_one_memory(backing: Backing, resident: Resident) -> None:
     with make_vm(4 * MIB, backing, resident=resident) as vm:
         vm.write_memory(DATA + 2 * MIB, VALUE.to_bytes(8, "little"))
