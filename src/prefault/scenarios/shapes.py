@@ -12,8 +12,6 @@ from prefault.guest.program import Execute, Marker, Read, Report, Walk, Write
 from prefault.machine import Advice, Backing, Failed, Leaf, MemoryRegion, Resident, SlotFlags, Vm, VmConfig
 from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
 
-_TABLES = 24
-
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 TOUCHES = 512
 """How often a walk over huge pages touches them: not each of the 262144 pages that 1 GiB has."""
@@ -309,6 +307,11 @@ def secret_memory_is_for_no_guest(stage: Stage) -> None:
     stage.holds(isinstance(event, Failed), f"the guest's own access came to {event}")
 
 
+def _tables(stage: Stage) -> int:
+    """How many tables to have: their memory is not touched, but the host has to believe in it."""
+    return min(24, 4 * GIB // stage.block)
+
+
 def _in_no_order(addresses: list[int]) -> list[int]:
     return random.Random(1).sample(addresses, len(addresses))
 
@@ -319,8 +322,8 @@ def pages_behind_the_end_of_a_table_hold_what_the_host_wrote(stage: Stage, whose
     few = 8 * stage.page
     end_of_table = {"host": stage.block - few, "guest": stage.block}[whose]
     offset = {"host": few, "guest": stage.block - few}[whose]
-    vm = stage.vm(MemoryRegion(1, DATA, _TABLES * stage.block, hva_offset=offset))
-    ends = [DATA + end_of_table + number * stage.block for number in range(_TABLES - 1)]
+    vm = stage.vm(MemoryRegion(1, DATA, _tables(stage) * stage.block, hva_offset=offset))
+    ends = [DATA + end_of_table + number * stage.block for number in range(_tables(stage) - 1)]
     values = {end + at: 1 + (end + at) // stage.page for end in ends for at in range(-few, few, stage.page)}
     for gpa in (*_in_no_order(ends), *values):
         vm.write_memory(gpa, values[gpa].to_bytes(8, "little"))
@@ -340,8 +343,8 @@ def pages_behind_the_end_of_a_table_hold_what_the_host_wrote(stage: Stage, whose
 def leaves_behind_the_end_of_a_table_are_those_of_the_next(stage: Stage) -> None:
     """Tables lie in memory in no order: some begin, some end with what the guest has, and no two in a row."""
     few = 8 * stage.page
-    vm = stage.vm(MemoryRegion(1, DATA, _TABLES * stage.block))
-    ends = [DATA + number * stage.block for number in range(1, _TABLES, 3)]
+    vm = stage.vm(MemoryRegion(1, DATA, _tables(stage) * stage.block))
+    ends = [DATA + number * stage.block for number in range(1, _tables(stage), 3)]
     walks = (Walk(end - few, 2 * few, stage.page) for end in ends)
     vcpu = stage.vcpu(vm, Marker(0), *walks, Report())
     stage.proceed(vcpu)
