@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -459,24 +460,11 @@ class Vm(Scope, Protocol):
     def ptdump(self) -> list[str]:
         """The canonical table, then every shadow table in use, as text in the form of debugfs."""
 
-    def count_faults(self) -> FaultCounter:
+    def count_faults(self) -> AbstractContextManager[FaultCounts]:
         """Count this VM's stage-2 faults while the returned context is open."""
 
     def close(self) -> None:
         """Close the VM and its vCPUs. Safe to call again."""
-
-
-class FaultCounter(Protocol):
-    """Context manager that counts stage-2 faults and hands out a ``FaultCounts``."""
-
-    def __enter__(self) -> FaultCounts: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
 
 
 class Kvm(Protocol):
