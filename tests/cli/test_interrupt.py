@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import pytest
 
-from prefault.cli.interrupt import INTERRUPTED, results_kept
+from prefault.cli.interrupt import Terminated, results_kept
 
 
-def test_an_interruption_keeps_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("ending", "status"), [(KeyboardInterrupt(), 130), (Terminated(), 143)])
+def test_what_ends_long_work_early_keeps_what_was_found(
+    ending: BaseException, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     with results_kept(lambda: [1]) as interruption:
-        raise KeyboardInterrupt
-    assert interruption.status(0) == INTERRUPTED  # type: ignore[unreachable]  # it is kept in
+        raise ending
+    assert interruption.status(0) == status  # type: ignore[unreachable]  # it is kept in
     assert "interrupted" in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -32,6 +33,22 @@ def test_an_interrupted_block_ends_the_whole_group() -> None:
     time.sleep(0.1)
     assert not alive(grandchild)
     assert not alive(child.pid)
+
+
+def test_an_interruption_while_a_program_starts_leaves_none_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = os.getpid()
+    note = tmp_path / "pid"
+
+    def interrupt_before_exec() -> None:
+        note.write_text(str(os.getpid()))
+        os.kill(parent, signal.SIGINT)
+
+    monkeypatch.setattr(process, "_die_with_parent", interrupt_before_exec)
+    with pytest.raises(KeyboardInterrupt), process.running(["sleep", "60"]):
+        pytest.fail("the block was entered all the same")
+    assert not alive(int(note.read_text()))
 
 
 def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from prefault.cli.bench import bench
 from prefault.cli.bisectable import bisectable
 from prefault.cli.conform import conform
 from prefault.cli.explore import explore
-from prefault.cli.interrupt import INTERRUPTED
+from prefault.cli.interrupt import INTERRUPTED, Terminated
 from prefault.cli.lab import lab
 from prefault.cli.map import map_
 from prefault.cli.mutants import mutants
@@ -183,9 +183,8 @@ def _command_words(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _terminate(number: int, _: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that children end and half files go away."""
-    raise SystemExit(128 + number)
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Terminated
 
 
 def _forget_stdout() -> None:

@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -32,6 +33,27 @@ def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> Non
         os.killpg(child.pid, number)
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """A block at whose end Ctrl-C or SIGTERM comes, if it came during it.
+
+    Python interrupts the main thread alone; in another there is nothing to hold.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for each in came:
+            signal.raise_signal(each)
+
+
 def _end(child: subprocess.Popen[bytes]) -> None:
     if child.poll() is None:
         _signal_group(child, signal.SIGTERM)
@@ -39,6 +61,9 @@ def _end(child: subprocess.Popen[bytes]) -> None:
             child.wait(_GRACE_SECONDS)
     _signal_group(child, signal.SIGKILL)
     child.wait()
+    for stream in (child.stdout, child.stderr):
+        if stream is not None:
+            stream.close()
 
 
 @contextlib.contextmanager
@@ -55,26 +80,23 @@ def running(
     :param environment: variables on top of this process's own
     :raises ToolMissing: there is no such program
     """
-    try:
-        child = subprocess.Popen(
-            list(argv),
-            cwd=cwd,
-            env={**os.environ, **(environment or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            process_group=0,
-            preexec_fn=_die_with_parent,  # one prctl, safe between fork and exec
-        )
-    except FileNotFoundError as error:
-        raise ToolMissing(f"{argv[0]} is not installed: see `prefault lab doctor`") from error
-    try:
+    with contextlib.ExitStack() as ending:
+        with _signals_held():  # inside Popen() it would leave a child that nobody knows of
+            try:
+                child = subprocess.Popen(
+                    list(argv),
+                    cwd=cwd,
+                    env={**os.environ, **(environment or {})},
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    process_group=0,
+                    preexec_fn=_die_with_parent,  # one prctl, safe between fork and exec
+                )
+            except FileNotFoundError as error:
+                raise ToolMissing(f"{argv[0]} is not installed: see `prefault lab doctor`") from error
+            ending.callback(_end, child)
         yield child
-    finally:
-        _end(child)
-        for stream in (child.stdout, child.stderr):
-            if stream is not None:
-                stream.close()
 
 
 def run(
