@@ -29,11 +29,11 @@ _PLACES = (0x1_0000_0000, 0x3_0000_0000)
 class PairAsk:
     """What to do.
 
-    :ivar size: bytes that are pre-faulted
+    :ivar size: bytes that are pre-faulted; for time, so many that the start of a thread does not matter
     :ivar rounds: how often each way
     """
 
-    size: int = 256 << 20
+    size: int = 2 << 30
     rounds: int = 9
 
 

@@ -299,7 +299,7 @@ WAITED = {"fault": "demand fault of another vCPU", "invalidation": "MADV_DONTNEE
 
 
 def waits_table(found: Mapping[str, Sequence[Waits]]) -> Table:
-    """How long others took, without anybody pre-faulting and behind each version of the ioctl.
+    """How long others took, beside other work and beside each version of the ioctl.
 
     :param found: by version
     """
@@ -312,7 +312,7 @@ def waits_table(found: Mapping[str, Sequence[Waits]]) -> Table:
         for version, waits in found.items():
             for one in waits:
                 if one.kind == kind and one.ns:
-                    meanwhile = f"{version}: {'pre-faulting' if one.busy else 'nothing'}"
+                    meanwhile = f"{version}: {'pre-faulting' if one.busy else 'other work'}"
                     made.add_row(
                         what, meanwhile, f"{len(one.ns):,}", *map(format_duration, quantiles(one.ns))
                     )
