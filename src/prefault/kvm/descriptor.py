@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from types import TracebackType
-from typing import Self
 
 from prefault.abi import ioctls, x86
+from prefault.closing import Closing
 from prefault.errors import KvmError
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,7 +32,7 @@ def ioctl(fd: int, number: int, argument: int | ctypes.Structure = 0) -> tuple[i
     return result, ctypes.get_errno() if result < 0 else 0
 
 
-class Descriptor:
+class Descriptor(Closing):
     """Owns a file descriptor; every use after ``close`` fails with EBADF."""
 
     def __init__(self, fd: int) -> None:
@@ -58,14 +57,3 @@ class Descriptor:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

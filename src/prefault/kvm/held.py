@@ -20,8 +20,8 @@ import signal
 import struct
 import threading
 from pathlib import Path
-from typing import Self
 
+from prefault.closing import Closing
 from prefault.errors import CapabilityMissing, UsageError
 from prefault.kvm import mapping
 from prefault.kvm.thief import Thief
@@ -42,7 +42,7 @@ _HOLDS_LOCK = (
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class HeldInvalidation:
+class HeldInvalidation(Closing):
     """MADV_DONTNEED of a range of private memory that is in its middle from the start, until ``release``.
 
     :raises CapabilityMissing: the kernel cannot be made to stay there
@@ -129,9 +129,3 @@ class HeldInvalidation:
         self.release()
         self._thief.close()
         signal.signal(_SIGNAL, self._signal_before)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

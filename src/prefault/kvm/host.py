@@ -16,9 +16,8 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from prefault.closing import Closing
 from prefault.errors import CapabilityMissing, PrefaultError
 from prefault.kvm import mapping
 
@@ -34,7 +33,7 @@ _PFN = (1 << 55) - 1
 _REQUEST = struct.Struct("QQ")
 
 
-class Child:
+class Child(Closing):
     """A child of this process that has its memory as it was at the fork, until it is closed.
 
     :ivar pid: of the child
@@ -70,17 +69,6 @@ class Child:
         os.close(self._answer)
         self._ask = -1
         os.waitpid(self.pid, 0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _serve(asked: int, answered: int, not_ours: tuple[int, int]) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Self
 
+from prefault.closing import Closing
 from prefault.kvm.thief import Thief
 
 _LONGEST = 2e-2
@@ -22,7 +22,7 @@ _EVENLY = 0.618
 """Multiples of this, modulo 1, come everywhere in [0, 1)."""
 
 
-class Preemption:
+class Preemption(Closing):
     """Takes the CPU away from calls until it is closed.
 
     :raises CapabilityMissing: it cannot be done on this machine
@@ -57,8 +57,6 @@ class Preemption:
         call()
         self._over = True
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Leave all CPUs to all again."""
         self._thief.close()

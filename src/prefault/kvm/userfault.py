@@ -14,10 +14,9 @@ import platform
 import select
 import signal
 import threading
-from types import TracebackType
-from typing import Self
 
 from prefault.abi import userfaultfd as abi
+from prefault.closing import Closing
 from prefault.errors import CapabilityMissing, PrefaultError, UsageError
 from prefault.kvm.descriptor import ioctl
 from prefault.machine import UserfaultHandler, UserfaultMode
@@ -43,7 +42,7 @@ _RANGED = {
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Userfault:
+class Userfault(Closing):
     """A range of guest memory whose faults a handler serves, in a thread of its own.
 
     Make and close it in the main thread, the only one that can put a handler in a signal's way.
@@ -174,17 +173,6 @@ class Userfault:
         signal.signal(_SIGNAL, self._signal_before)
         if self._error:
             raise self._error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _open(mode: UserfaultMode) -> int:

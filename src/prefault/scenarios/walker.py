@@ -9,9 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import TracebackType
-from typing import Self
 
+from prefault.closing import Closing
 from prefault.errors import Mismatch
 from prefault.guest import port
 from prefault.guest.compile import compile_program
@@ -84,7 +83,7 @@ class _Part:
         return 3 if self.start % block or self.size % block else 2
 
 
-class Walker:
+class Walker(Closing):
     """One VM, its vCPUs and their walk."""
 
     def __init__(self, kvm: Kvm, config: WalkConfig, permille: int) -> None:
@@ -98,15 +97,8 @@ class Walker:
             self._vm.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the VM."""
         self._vm.close()
 
     def _set_up(self) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Self
 
+from prefault.closing import Closing
 from prefault.spec.state import Host
 from prefault.spec.steps import LOCK
 
 
-class SpecHeld:
+class SpecHeld(Closing):
     """MADV_DONTNEED of a range of private memory that is in its middle from the start, until ``release``."""
 
     def __init__(self, host: Host, hva: int, size: int) -> None:
@@ -31,14 +31,12 @@ class SpecHeld:
         with LOCK:
             self._running.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Release it."""
         self.release()
 
 
-class SpecPreemption:
+class SpecPreemption(Closing):
     """Takes no CPU away: what comes at some moment comes afterwards. `prefault explore` tries all moments."""
 
     def run(self, call: Callable[[], object], meanwhile: Callable[[], None]) -> None:
@@ -46,8 +44,5 @@ class SpecPreemption:
         call()
         meanwhile()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    def close(self) -> None:
+        """Nothing is held."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 
 from prefault.abi import constants
+from prefault.closing import Closing
 from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.machine import VmConfig
 from prefault.spec.state import Faults, Host, HostConfig
@@ -14,7 +15,7 @@ from prefault.spec.vm import SpecVm, check_extension
 _MIN_IPA_BITS = 32
 
 
-class SpecKvm:
+class SpecKvm(Closing):
     """/dev/kvm of a host that is a Python object.
 
     :ivar host: its memory, and the address space of the VMM
@@ -68,12 +69,6 @@ class SpecKvm:
         """Close the descriptor. Safe to call again."""
         while self._vms:
             self._vms.pop().close()
-
-    def __enter__(self) -> SpecKvm:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def open_spec(config: HostConfig = HostConfig(), faults: Faults = Faults()) -> SpecKvm:  # noqa: B008 - frozen

@@ -11,8 +11,8 @@ import os
 import queue
 import threading
 from dataclasses import dataclass
-from typing import Self
 
+from prefault.closing import Closing
 from prefault.errors import PrefaultError
 from prefault.machine import UserfaultHandler, UserfaultMode
 from prefault.spec import steps
@@ -165,7 +165,7 @@ class Context:
         return 0
 
 
-class SpecUserfault:
+class SpecUserfault(Closing):
     """A range of guest memory whose faults a handler serves, in a thread of its own."""
 
     def __init__(
@@ -236,12 +236,6 @@ class SpecUserfault:
         error, self._error = self._error, None
         if error:
             raise error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _served(name: str, error: int) -> None:

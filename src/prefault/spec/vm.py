@@ -8,9 +8,9 @@ import errno
 import functools
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self
 
 from prefault.abi import constants
+from prefault.closing import Closing
 from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.guest.compile import compile_program
 from prefault.guest.program import EnterL2, L2Mapping, Program
@@ -65,7 +65,7 @@ class _Region:
         return self.region.gpa <= gpa and gpa + size <= self.region.gpa + self.region.size
 
 
-class SpecVm:
+class SpecVm(Closing):
     """A VM descriptor."""
 
     def __init__(self, host: Host, config: VmConfig) -> None:
@@ -330,16 +330,8 @@ class SpecVm:
         for vma in self._mapped:
             self._host.mm.munmap(vma.start, vma.end)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class SpecChild:
+class SpecChild(Closing):
     """A child process of the VMM, which has its memory as it was at the fork."""
 
     def __init__(self, mm: Process, hva_of: Callable[[int], int]) -> None:
@@ -355,12 +347,6 @@ class SpecChild:
         """Let the child end. Safe to call again."""
         with LOCK:
             self._mm.exit()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class SpecFaultCounter:

@@ -7,10 +7,9 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Self
 
 from prefault.abi import arm64, constants
+from prefault.closing import Closing
 from prefault.errors import CapabilityMissing
 from prefault.kvm.system import Kvm
 from prefault.kvm.vm import Vm
@@ -27,7 +26,7 @@ _PSTATE_EL1H_MASKED = 0x3C5
 _PSTATE_EL2H_MASKED = 0x3C9
 
 
-class Machine:
+class Machine(Closing):
     """A guest's hardware. Its vCPUs are powered off but for the first.
 
     :param out: given what the guest says
@@ -100,17 +99,6 @@ class Machine:
     def close(self) -> None:
         """Close the VM. Safe to call again."""
         self.vm.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @contextlib.contextmanager
