@@ -303,6 +303,13 @@ def test_what_makes_a_plan_doubtful_is_told() -> None:
     assert {"lost-events", "nested-guests", "runs-differ"} <= advice(plan_of(one, other))
 
 
+def test_who_has_nested_guests_is_told_to_populate_for_writing() -> None:
+    rows = [*(Fault(page, page, 1_000_000) for page in range(100)), Fault(200, 300, nested=1)]
+    (told,) = [one.text for one in plan_of(recording_of(rows)).advice if "nested" in one.kind]
+    assert "1 fault of nested guests" in told
+    assert "MADV_POPULATE_WRITE" in told
+
+
 def of_pids(*pids: int) -> Recording:
     """A fault of each process, by one thread each, all of them vCPU 0."""
     one = recording_of([Fault(page, page, tid=4 * page + 4) for page in range(len(pids))])

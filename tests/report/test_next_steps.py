@@ -91,6 +91,12 @@ def test_if_writes_fault_again_memory_is_populated_first() -> None:
     assert commands_of(steps) == ["prefault plan RECORDING"]  # private/write is what it takes if not told
 
 
+def test_a_guest_with_nested_guests_is_populated_for_writing_before_the_plan_is_applied() -> None:
+    steps = steps_of(recording_of([*DENSE, Fault(1, nested=1)]))
+    assert "populate" in steps[0].text
+    assert commands_of(steps) == commands_of(steps_of(recording_of(DENSE)))
+
+
 @pytest.mark.parametrize(
     "faults", [[], [Fault(1, 0, 900)], [Fault(page, page, 900, kind=Kind.PERMISSION) for page in range(99)]]
 )

@@ -347,8 +347,9 @@ def _about_the_recordings(recordings: Sequence[Recording], sets: Sequence[Workin
         yield Advice(
             "nested-guests",
             f"{plural(nested, 'fault')} of nested guests are left out: KVM fills a nested guest's tables "
-            "when "
-            "it runs, and pre-faulting fills the guest's own",
+            "when it runs, and pre-faulting fills the guest's own. A write to what was mapped read-only, as "
+            "the zero page is, makes KVM drop all of the nested ones: have the memory populated for writing "
+            "(MADV_POPULATE_WRITE) before pre-faulting it",
         )
     devices = sum(one.devices for one in sets)
     if devices:

@@ -42,6 +42,12 @@ class Step:
     command: str = ""
 
 
+POPULATE = Step(
+    "Let your VMM populate the guest's memory for writing before it pre-faults: "
+    "madvise(…, MADV_POPULATE_WRITE) on the ranges of the plan."
+)
+
+
 def next_steps(plan: Plan, recordings: Sequence[Recording], files: Files) -> Iterator[Step]:
     """In order; the first says what is the matter, if there is anything."""
     kinds = {one.kind for one in plan.advice}
@@ -50,6 +56,8 @@ def next_steps(plan: Plan, recordings: Sequence[Recording], files: Files) -> Ite
     elif "several-vms" in kinds:
         yield from _one_vm(plan, recordings, files)
     elif plan.pays:
+        if "nested-guests" in kinds:
+            yield POPULATE
         yield from _apply(plan, files)
     elif plan.prediction.permission_ns and plan.ranges:
         yield from _populate(plan, files)
@@ -106,10 +114,7 @@ def _apply(plan: Plan, files: Files) -> Iterator[Step]:
 
 
 def _populate(plan: Plan, files: Files) -> Iterator[Step]:
-    yield Step(
-        "Let your VMM populate the guest's memory for writing before it pre-faults: "
-        "madvise(…, MADV_POPULATE_WRITE) on the ranges of the plan."
-    )
+    yield POPULATE
     yield Step(
         "See what pre-faulting saves then.",
         _plan_command(plan, files, "", memory=plan.prediction.memory.partition("/")[0] + "/write"),
