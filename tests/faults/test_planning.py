@@ -310,6 +310,12 @@ def test_who_has_nested_guests_is_told_to_populate_for_writing() -> None:
     assert "MADV_POPULATE_WRITE" in told
 
 
+@pytest.mark.parametrize("slot", [Memslot(0x1000, 0x10000), Memslot(0, 0x11000)])
+def test_a_memslot_is_of_whole_pages_of_the_host(slot: Memslot) -> None:
+    with pytest.raises(UsageError, match="whole pages of the host, 65536"):
+        plan_of(recording_of([Fault(1)], page_size=0x10000), granule=0x10000, memslots=(slot,))
+
+
 def of_pids(*pids: int) -> Recording:
     """A fault of each process, by one thread each, all of them vCPU 0."""
     one = recording_of([Fault(page, page, tid=4 * page + 4) for page in range(len(pids))])

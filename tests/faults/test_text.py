@@ -129,6 +129,12 @@ def test_a_number_that_the_end_of_the_file_cuts_off_is_not_read() -> None:
     assert read(FAULT + device + "000 val 0x").bad_lines == 0
 
 
+@pytest.mark.parametrize("frame", [" => el0_svc", "=> kvm_handle_guest_abort (ffff80008012d1a0)"])
+def test_frames_of_kernel_stacks_are_not_bad(frame: str) -> None:
+    found = read(FAULT + frame + "\n" + FAULT)
+    assert (len(found.events), found.bad_lines) == (2, 0)
+
+
 def test_a_time_that_no_clock_has_is_bad() -> None:
     found = read(FAULT + FAULT.replace("12.345678", "9999999999999.345678"))
     assert (found.events.time.tolist(), found.bad_lines) == ([12_345_678_000], 1)

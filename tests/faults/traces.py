@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-TEXT_FORMATS = ("tracefs", "tracefs with process ids", "trace-cmd", "perf", "perf with process ids")
+TEXT_FORMATS = (
+    "tracefs",
+    "tracefs with process ids",
+    "tracefs with process ids, before Linux 5.9",
+    "trace-cmd",
+    "perf",
+    "perf with process ids",
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,8 @@ def render(line: Line, form: str) -> str:
     """A line of a trace."""
     time = f"{line.time_us // 10**6:5d}.{line.time_us % 10**6:06d}"
     if form.startswith("tracefs"):
-        pid = f"({line.pid:7d}) " if "process" in form else ""
+        places = 5 if "before" in form else 7
+        pid = f"({line.pid:{places}d}) " if "process" in form else ""
         head = f"{line.comm:>16}-{line.tid:<7d} {pid}[{line.cpu:03d}] d..1. {time}: "
         return f"{head}{line.event}: {line.payload}"
     if form == "trace-cmd":

@@ -97,6 +97,11 @@ def make_plan(recordings: Sequence[Recording], config: PlanConfig) -> Made:
         raise UsageError(f"--granule {config.granule}: is no multiple of the page size, {page_size}")
     if config.cap is not None and config.cap < config.granule:
         raise UsageError(f"--cap {config.cap}: is less than one granule, {config.granule}")
+    for slot in config.memslots:
+        if slot.ipa % page_size or slot.size % page_size:
+            raise UsageError(
+                f"--memslot {slot.ipa:#x}:{slot.size}: is not of whole pages of the host, {page_size}"
+            )
     least = needed_runs(config.over, len(recordings))
     sets = tuple(working_set(one, config.memslots) for one in recordings)
     granules, need = select([_granules(one, config.granule) for one in sets], least, config.cap_granules)

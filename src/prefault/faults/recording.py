@@ -197,8 +197,8 @@ def read(path: Path) -> Recording:
     :raises UsageError: it cannot be read, or is none
     """
     try:
-        with path.open("rb") as file:
-            found = pq.read_table(file)
+        # Not the file itself: Arrow's threads would call Python's read(), also when Python comes to its end.
+        found = pq.read_table(pa.BufferReader(path.read_bytes()))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
     except pa.ArrowException as error:

@@ -41,7 +41,7 @@ _LOST = re.compile(
 )
 _OVERWRITTEN = re.compile(r"^# entries-in-buffer/entries-written: (\d+)/(\d+)")
 _HEADINGS = re.compile(
-    r"^(?:#|(?:.*: )? *cpus=\d|CPU \d+ is empty|version = \d|Trace clock|trace-cmd|uname|\t| => |Warning:"
+    r"^(?:#|(?:.*: )? *cpus=\d|CPU \d+ is empty|version = \d|Trace clock|trace-cmd|uname|\t| *=> |Warning:"
     r"|Check IO/CPU overload!|\s*$)"
 )
 
@@ -323,7 +323,7 @@ def _tgid(text: Text, ends: Places) -> tuple[Places, Places]:
     if not has.any():
         return np.full(len(ends), -1, np.int64), ends
     told, digits = text.decimal_before(ends - 1)
-    opening = ends - 9
+    opening = _last_before(text, "(", ends)  # the column has seven places; five before Linux 5.9
     before = opening - text.spaces_before(opening)
     pid = np.where(has & (digits > 0), told.astype(np.int64), -1)
     return pid, np.where(has, before, ends)
