@@ -16,10 +16,9 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 from prefault.abi.constants import KVM_CAP_PRE_FAULT_MEMORY
+from prefault.closing import Closing
 from prefault.errors import CapabilityMissing, Mismatch, Missing
 from prefault.guest import port
 from prefault.guest.program import PORT_SIZE, Program, Step
@@ -53,7 +52,7 @@ LEAVES = "leaves"
 """The name of what is seen of a table."""
 
 
-class Stage:
+class Stage(Closing):
     """Where a scenario plays: one back end, the VMs made on it, and what was seen."""
 
     def __init__(self, kvm: Kvm) -> None:
@@ -64,15 +63,8 @@ class Stage:
         self._open = ExitStack()
         self._free = CODE
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the VMs, and whatever else is open."""
         self._open.close()
 
     def see(self, what: str, value: object) -> None:
