@@ -16,6 +16,9 @@ from prefault.faults.syndrome import Access, Kind
 from tests.faults.traces import Line, old_page_fault, page_fault, render
 
 DATA = Path(__file__).parent / "data"
+FAULT = (
+    b"CPU 0/KVM-7 [001] d..1. 12.345678: kvm_guest_fault: ipa 0x80000000, hsr 0x93820007, hxfar 0x8, pc 0x4\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +31,16 @@ DATA = Path(__file__).parent / "data"
         (b"\x1f\x8b\x08", "zcat"),
         (b"hello\nworld\n", "its first line is 'hello'"),
         (b"# tracer: nop\n", "no line of 1 is one of a trace"),
-        (b"  a-7 [001] 1.123456: sched_switch: x\n", "1 events, but none is a stage-2 fault"),
+        (b"  a-7 [001] 1.123456: sched_switch: x\n", "1 event, but none is a stage-2 fault"),
+        (FAULT.replace(b"ipa 0x", b"vcpu_pc=0x"), "1 line could not be read .the first: 'CPU 0/KVM-7"),
+        (b"2ELIFREP", "big-endian machine; run `perf script -i"),
+        (b"BZh91AY", "bzcat"),
+        (b"\x04\x22\x4d\x18", "lz4cat"),
+        (FAULT.decode().encode("utf-16"), "iconv -f UTF-16"),
+        (
+            b"# tracer: nop\n#\n# nop latency trace v1.1.5 on 7.3\n CPU 0/KV-1 2d..1. 1us : x: y\n",
+            "latency-format",
+        ),
         (b"prefault-capture 1\n", "cut off before it began"),
     ],
 )
@@ -91,6 +103,39 @@ def test_threads_of_common_vmms_are_known_by_name(tmp_path: Path, comm: str, vcp
     found = convert(tmp_path / "x").recording
     assert found.faults.vcpu.tolist() == [vcpu]
     assert found.vcpu_labels().tolist() == [vcpu if vcpu >= 0 else -7]
+
+
+def test_a_process_that_becomes_known_late_is_that_of_all_faults_of_its_threads() -> None:
+    """trace_pipe knows neither name nor process of a thread until it was switched to while tracing."""
+    unknown = FAULT.replace(b"CPU 0/KVM-7", b"     <...>-7       (-------)")
+    named = FAULT.replace(b"CPU 0/KVM-7", b" CPU 0/KVM-7       (      5)")
+    found = convert_bytes(unknown + named + unknown + unknown.replace(b"-7 ", b"-8 "), "x").recording
+    assert found.faults.pid.tolist() == [5, 5, 5, -1]
+    assert found.faults.vcpu.tolist() == [0, 0, 0, -1]
+    assert found.metadata.threads == {7: (5, "CPU 0/KVM"), 8: (0, "")}
+
+
+ARM64 = "CPU {}/KVM {} [001] {}: kvm:kvm_{}: ipa 0x1000, hsr 0x92000007, hxfar 0x1000, pc 0x1000"
+
+
+def vcpu_lines(number: int, thread: str) -> str:
+    events = zip(("1.000001", "1.000002", "1.000003"), ("exit", "guest_fault", "entry"), strict=True)
+    return "".join(ARM64.format(number, thread, *one) + "\n" for one in events)
+
+
+def test_a_trace_with_processes_in_place_of_threads_is_told_and_has_no_durations() -> None:
+    mixed = convert_bytes((vcpu_lines(0, "5") + vcpu_lines(1, "5")).encode(), "x")
+    assert mixed.mixed == {5: (0, 1)}
+    assert mixed.recording.faults.duration_ns.tolist() == [-1, -1]
+    told = convert_bytes((vcpu_lines(0, "5/6") + vcpu_lines(1, "5/7")).encode(), "x")
+    assert not told.mixed
+    assert told.recording.faults.duration_ns.tolist() == [2000, 2000]
+    assert told.recording.faults.vcpu.tolist() == [0, 1]
+
+
+def test_x86_vcpus_of_one_process_are_told_by_their_events() -> None:
+    data = lines(*(("kvm_page_fault", page_fault(vcpu, 0, 0x1000, 0x182)) for vcpu in (0, 1)))
+    assert convert_bytes(data.encode(), "x").mixed == {7: (0, 1)}
 
 
 def test_a_capture_becomes_a_recording_that_says_where_it_is_from() -> None:

@@ -19,6 +19,7 @@ from prefault.faults.planning import PIECE, PlanConfig, coalesce, make_plan, nee
 from prefault.faults.recording import Recording
 from prefault.faults.syndrome import Access, Kind
 from prefault.faults.working_set import DEVICE_FAULTS, Memslot, working_set
+from prefault.report.plan import verdict
 from tests.faults.recordings import PAGE, RECORDINGS, Fault, recording_of
 
 GRANULES = st.sampled_from([4 << 10, 64 << 10, 2 << 20])
@@ -316,6 +317,22 @@ def test_a_memslot_is_of_whole_pages_of_the_host(slot: Memslot) -> None:
         plan_of(recording_of([Fault(1)], page_size=0x10000), granule=0x10000, memslots=(slot,))
 
 
+@given(RECORDINGS, st.integers(1, 60), GRANULES)
+def test_each_part_of_memory_that_slots_divide_comes_when_it_is_needed(
+    recording: Recording, boundary: int, granule: int
+) -> None:
+    """Adjacent slots, as QEMU has them: a range that goes on in the next slot may be needed later there."""
+    slots = (Memslot(0, boundary * PAGE), Memslot(boundary * PAGE, (1 << 40) - boundary * PAGE))
+    pages = needed(recording, PAGE)
+    ranges = plan_of(recording, granule=granule, memslots=slots).ranges
+    assert [one.first_need_ns for one in ranges] == sorted(one.first_need_ns for one in ranges)
+    for one in ranges:
+        inside = range(one.ipa // PAGE, (one.ipa + one.size) // PAGE)
+        assert one.ipa >= boundary * PAGE or one.ipa + one.size <= boundary * PAGE
+        if one.pages:
+            assert one.first_need_ns == min(when for page, when in pages.items() if page in inside)
+
+
 def of_pids(*pids: int) -> Recording:
     """A fault of each process, by one thread each, all of them vCPU 0."""
     one = recording_of([Fault(page, page, tid=4 * page + 4) for page in range(len(pids))])
@@ -327,7 +344,8 @@ def of_pids(*pids: int) -> Recording:
     ("pids", "says"),
     [
         ((1, 2, 2), "faults of 2 processes .2 of 2, 1 of 1."),
-        ((-1, 7), "faults of 2 processes"),
+        ((-1, 7), "2 vCPU threads for 1 vCPU number"),
+        ((-1, 7, 7, 8), "faults of 2 processes .2 of 7, 1 of unknown, 1 of 8."),
         ((-1, -1), "2 vCPU threads for 1 vCPU number"),
         ((7, 7), None),  # threads of one process come and go
         ((-1,), None),
@@ -337,6 +355,12 @@ def test_that_vms_are_thrown_together_is_told(pids: tuple[int, ...], says: str |
     found = [one.text for one in plan_of(of_pids(*pids)).advice if one.kind == "several-vms"]
     assert len(found) == (says is not None)
     assert all(re.search(says, text) for text in found if says)
+
+
+def test_a_plan_that_costs_nothing_and_saves_nothing_costs_no_negative_time() -> None:
+    plan = plan_of(recording_of([Fault(1)], "x86_64"), given=Given(fault=0.0, prefault=0.0))
+    assert plan.prediction.net_ns == 0
+    assert "costs 0 ns" in verdict(plan, plan.prediction)
 
 
 def test_addresses_that_no_guest_has_are_left_out_and_told() -> None:
@@ -359,8 +383,9 @@ def test_addresses_that_no_guest_has_are_left_out_and_told() -> None:
         ({"granule": 1 << 80}, "largest block"),
         ({"cap": 4096}, "less than one granule"),
         ({"over": "most"}, "none of union"),
-        ({"over": "2-of-2"}, "there are 1 recording"),
+        ({"over": "2-of-2"}, "2 runs, but 1 recording given"),
         ({"over": "2"}, "1 to 1"),
+        ({"over": "\u0661"}, "none of union"),
         ({"given": Given("floppy/write")}, "there are figures for"),
     ],
 )

@@ -104,11 +104,12 @@ def test_cpus_without_an_event_are_not_bad() -> None:
 @pytest.mark.parametrize("prefix", ["host.dat: ", "          "])
 def test_several_files_or_buffers_in_one_report_are_read(prefix: str) -> None:
     """trace-cmd report -i host.dat -i guest.dat, or of trace-cmd record -B."""
-    event = FAULT.replace("d..1.", "")
+    event = f"       {FAULT}".replace("d..1.", "")
     report = f"{prefix}cpus=2\nguest.dat: cpus=1\n{prefix}{event}{prefix}CPU:1 [7 EVENTS DROPPED]\n{event}"
     found = read(report)
     assert (len(found.events), found.lost, found.bad_lines, found.format) == (2, 7, 0, "trace-cmd")
     assert found.events.tid.tolist() == [7, 7]
+    assert found.threads == {7: (0, "CPU 0/KVM")}
 
 
 def test_a_bad_line_is_shown_without_what_a_terminal_would_obey() -> None:
@@ -154,6 +155,30 @@ def test_other_events_are_not_bad_and_do_not_matter() -> None:
     similar = FAULT.replace("kvm_guest_fault:", "kvm_guest_fault_x:")
     found = read(other + similar + FAULT)
     assert (len(found.events), found.seen, found.bad_lines) == (1, 3, 0)
+
+
+def test_of_perf_the_period_is_passed_over() -> None:
+    perf = FAULT.replace("-7 ", " 7 ").replace("d..1.", "").replace("kvm_", "kvm:kvm_")
+    found = read(perf + "".join(perf.replace(": kvm", f": {period:>10} kvm") for period in (1, 10**19)))
+    assert (found.events.address.tolist(), found.bad_lines) == ([0x8000_0000] * 3, 0)
+
+
+def test_an_event_of_no_thread_is_bad() -> None:
+    """perf calls a thread that it does not know -1."""
+    found = read(FAULT + FAULT.replace("KVM-7 ", "KVM      -1 "))
+    assert (found.events.tid.tolist(), found.bad_lines) == ([7], 1)
+
+
+def test_tracefs_is_known_by_its_heading_where_it_leaves_out_its_flags() -> None:
+    """With options/irq-info off, its lines look like those of trace-cmd."""
+    assert read("# tracer: nop\n#\n" + 3 * FAULT.replace("d..1.", "")).format == "tracefs"
+
+
+def test_a_thread_is_called_as_it_was_last_and_its_other_names_are_known() -> None:
+    names = ["<...>", "qemu-system-aar", "CPU 0/KVM", "<...>"]
+    found = read("".join(FAULT.replace("CPU 0/KVM", name) for name in names))
+    assert found.threads == {7: (0, "CPU 0/KVM")}
+    assert found.renamed == {7: {"qemu-system-aar", "CPU 0/KVM"}}
 
 
 def test_windows_line_ends_and_a_missing_last_one_are_read() -> None:

@@ -237,6 +237,7 @@ def _print(found: Converted, target: Path, ended: Captured) -> None:
             "events": found.events,
             "bad_lines": found.bad,
             "cut_off": found.cut_off,
+            "mixed_threads": found.mixed,
         }
         output.emit("record", {**facts, "read": read})
     else:
@@ -260,6 +261,14 @@ def _warn(found: Converted, ended: Captured) -> None:
         click.echo(
             f"{lost}: there were more faults than are recorded; give the kernel more room "
             "(--buffer 64M; trace-cmd -b; perf -m)",
+            err=True,
+        )
+    for tid, vcpus in found.mixed.items():
+        names = ", ".join(map(str, vcpus))
+        click.echo(
+            f"thread {tid} has the faults of {len(vcpus)} vCPUs ({names}): the trace seems to have processes "
+            "in place of threads, so that it is not known how long the faults took, and which vCPU took each "
+            "may be wrong; ask for both: `perf script -F comm,pid,tid,cpu,time,event,trace`",
             err=True,
         )
     if about.bad_lines:

@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from io import BufferedReader, BytesIO
 from pathlib import Path
@@ -26,16 +26,22 @@ from prefault.faults import captured, ring, text
 from prefault.faults.events import Event, Events, faults_in
 from prefault.faults.recording import Columns, Metadata, Recording
 from prefault.faults.text import BadLine
+from prefault.report.units import plural
 
 OnBytes = Callable[[int], None]
 
 _OTHER_FILES = (
     (b"\x17\x08Dtracing", "a trace.dat", "trace-cmd report -i {0} > trace.txt"),
     (b"PERFILE2", "a perf.data", "perf script -i {0} > trace.txt"),
+    (b"2ELIFREP", "a perf.data of a big-endian machine", "perf script -i {0} > trace.txt"),
     (b"PAR1", "a recording already", "prefault plan {0}"),
     (b"\x1f\x8b", "compressed", "zcat {0} > trace.txt"),
     (b"\x28\xb5\x2f\xfd", "compressed", "zstdcat {0} > trace.txt"),
     (b"\xfd7zXZ", "compressed", "xzcat {0} > trace.txt"),
+    (b"BZh", "compressed", "bzcat {0} > trace.txt"),
+    (b"\x04\x22\x4d\x18", "compressed", "lz4cat {0} > trace.txt"),
+    (b"\xff\xfe", "in UTF-16", "iconv -f UTF-16 -t UTF-8 {0} > trace.txt"),
+    (b"\xfe\xff", "in UTF-16", "iconv -f UTF-16 -t UTF-8 {0} > trace.txt"),
 )
 """How a file begins, what it is, and what makes it readable."""
 
@@ -55,6 +61,7 @@ class Converted:
     :ivar events: of all kinds
     :ivar bad: the first lines that could not be read
     :ivar cut_off: the capture's writer was killed
+    :ivar mixed: thread id → the vCPUs of which the text calls it the thread, where they are several
     """
 
     recording: Recording
@@ -62,6 +69,7 @@ class Converted:
     events: int
     bad: tuple[BadLine, ...] = ()
     cut_off: bool = False
+    mixed: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def convert(path: Path, page_size: int = 4096, on_bytes: OnBytes | None = None) -> Converted:
@@ -123,21 +131,48 @@ def _of_text(file: BinaryIO, path: Path, page_size: int, on_bytes: OnBytes | Non
         bad_lines=trace.bad_lines,
         threads=trace.threads,
     )
+    known = {tid: pid for tid, (pid, _) in trace.threads.items() if pid}
+    faults.pid = np.where(faults.pid > 0, faults.pid, _looked_up(faults.tid, known, -1))
     recording = Recording(metadata, with_vcpus(faults, trace.threads))
-    return Converted(recording, trace.lines, trace.seen, tuple(trace.bad))
+    mixed = _mixed(trace, recording.faults)
+    # Which entry follows which exit is not known there.
+    recording.faults.duration_ns[np.isin(recording.faults.tid, list(mixed))] = -1
+    return Converted(recording, trace.lines, trace.seen, tuple(trace.bad), mixed=mixed)
+
+
+def _mixed(trace: text.Trace, faults: Columns) -> dict[int, tuple[int, ...]]:
+    """Threads that are several: perf script prints processes as threads if it is not asked for both."""
+    if trace.format != "perf":
+        return {}
+    found: dict[int, set[int]] = {
+        tid: {number for name in names if (number := _vcpu(name)) is not None}
+        for tid, names in trace.renamed.items()
+    }
+    pairs = np.unique(np.stack((faults.tid, faults.vcpu.astype(np.int32)))[:, faults.vcpu >= 0], axis=1)
+    for tid, vcpu in pairs.T.tolist():
+        found.setdefault(tid, set()).add(vcpu)
+    return {tid: tuple(sorted(vcpus)) for tid, vcpus in found.items() if len(vcpus) > 1}
 
 
 def _why_nothing(trace: text.Trace) -> str:
+    if trace.latency_format:
+        return (
+            "is in tracefs' latency format, without the times of a clock: `echo 0 > options/latency-format` "
+            "before it is read"
+        )
     if not trace.seen:
         shown = f"; its first line is {trace.bad[0].text!r}" if trace.bad else ""
         return (
             f"no line of {trace.lines:,} is one of a trace{shown}. What is read: `trace-cmd report`, "
-            "`perf script`, and tracefs' trace, with times in seconds (not trace-cmd report -l or --ts-diff)"
+            "`perf script`, and tracefs' trace, with times in seconds (not trace-cmd report -l, -R or "
+            "--ts-diff, nor a clock that counts, as counter and x86-tsc do), and of perf script's fields "
+            "comm, tid, cpu, time, event and trace"
         )
+    shown = f" (the first: {trace.bad[0].text!r})" if trace.bad else ""
     return (
-        f"{trace.seen:,} events, but none is a stage-2 fault (kvm_guest_fault on arm64, kvm_page_fault on "
-        f"x86), and {trace.bad_lines:,} lines could not be read; record with "
-        "-e kvm:kvm_guest_fault -e kvm:kvm_page_fault -e kvm:kvm_exit -e kvm:kvm_entry -e kvm:kvm_mmio"
+        f"{plural(trace.seen, 'event')}, but none is a stage-2 fault (kvm_guest_fault on arm64, "
+        f"kvm_page_fault on x86), and {plural(trace.bad_lines, 'line')} could not be read{shown}; record "
+        "with -e kvm:kvm_guest_fault -e kvm:kvm_page_fault -e kvm:kvm_exit -e kvm:kvm_entry -e kvm:kvm_mmio"
     )
 
 
@@ -182,10 +217,16 @@ def _of_capture(file: BinaryIO, path: Path) -> Converted:
 
 def with_vcpus(faults: Columns, threads: dict[int, tuple[int, str]]) -> Columns:
     """The faults with the vCPU's number where the trace does not have it and the thread's name tells."""
-    named = {tid: int(match[1]) for tid, (_, name) in threads.items() if (match := _VCPU.search(name))}
+    named = {tid: vcpu for tid, (_, name) in threads.items() if (vcpu := _vcpu(name)) is not None}
     by_name = _looked_up(faults.tid, named, -1).astype(np.int16)
     faults.vcpu = np.where(faults.vcpu >= 0, faults.vcpu, by_name)
     return faults
+
+
+def _vcpu(name: str) -> int | None:
+    """The number of the vCPU whose thread is called so."""
+    match = _VCPU.search(name)
+    return int(match[1]) if match else None
 
 
 def _looked_up(keys: np.ndarray, values: dict[int, int], otherwise: int) -> np.ndarray:

@@ -69,12 +69,12 @@ def needed_runs(over: str, runs: int) -> int:
     """
     if over in ("union", "intersection"):
         return 1 if over == "union" else runs
-    match = re.fullmatch(r"(\d+)(?:-of-(\d+))?", over)
+    match = re.fullmatch(r"([0-9]+)(?:-of-([0-9]+))?", over)
     if not match:
         raise UsageError(f"--over {over}: is none of union, intersection, N-of-M (2-of-3)")
     least, of = int(match[1]), int(match[2] or runs)
     if of != runs:
-        raise UsageError(f"--over {over}: there are {plural(runs, 'recording')}, not {of}")
+        raise UsageError(f"--over {over}: {plural(of, 'run')}, but {plural(runs, 'recording')} given")
     if not 1 <= least <= runs:
         raise UsageError(f"--over {over}: of {plural(runs, 'recording')}, 1 to {runs} can be asked for")
     return least
@@ -160,19 +160,24 @@ def coalesce(granules: Granules, need: Int64, granule: int, piece: int = PIECE) 
     return sorted(found, key=lambda one: (one[2], one[0]))
 
 
-def _ranges(
-    granules: Granules, need: Int64, sets: Sequence[WorkingSet], config: PlanConfig
-) -> Iterator[Range]:
+def _ranges(granules: Granules, need: Int64, sets: Sequence[WorkingSet], config: PlanConfig) -> list[Range]:
+    """In order of first need, which a memslot's boundary may change, each within one memslot."""
     size = sets[0].page_size
     page = np.unique(np.concatenate([one.page for one in sets]))
-    written = np.zeros(len(page), np.bool_)
+    written, first = np.zeros(len(page), np.bool_), np.full(len(page), np.iinfo(np.int64).max)
     for one in sets:
-        written[np.searchsorted(page, one.page[one.written])] = True
+        at = np.searchsorted(page, one.page)
+        written[at[one.written]] = True
+        first[at] = np.minimum(first[at], one.first_ns)
     sums = np.concatenate(([0], np.cumsum(written)))
-    for ipa, length, first in coalesce(granules, need, config.granule):
+    found = []
+    for ipa, length, needed in coalesce(granules, need, config.granule):
         for start, end in _clipped(ipa, ipa + length, config.memslots):
             low, high = np.searchsorted(page, np.array([start // size, end // size], np.uint64))
-            yield Range(start, end - start, first, int(high - low), int(sums[high] - sums[low]))
+            # Of a part of a granule that no run touched, nobody needs anything before the rest of it.
+            when = int(first[low:high].min()) if low < high else needed
+            found.append(Range(start, end - start, when, int(high - low), int(sums[high] - sums[low])))
+    return sorted(found, key=lambda one: (one.first_need_ns, one.ipa))
 
 
 def _clipped(start: int, end: int, memslots: Sequence[Memslot]) -> Iterator[tuple[int, int]]:
@@ -378,15 +383,16 @@ def _several_vms(recordings: Sequence[Recording]) -> Iterator[Advice]:
     for number, one in enumerate(recordings, 1):
         which = f"recording {number}" if len(recordings) > 1 else "the recording"
         pids, count = np.unique(one.faults.pid, return_counts=True)
-        if len(pids) > 1:
+        processes = int(np.count_nonzero(pids >= 0))
+        if processes > 1:
             most = np.argsort(-count, kind="stable")[:5]
             shares = ", ".join(f"{count[at]:,} of {pids[at] if pids[at] >= 0 else 'unknown'}" for at in most)
             yield Advice(
                 "several-vms",
-                f"{which} has faults of {len(pids)} processes ({shares}), each with memory of its own, which "
+                f"{which} has faults of {processes} processes ({shares}), each with memory of its own, which "
                 "this plan throws together: plan for one of them with --pid",
             )
-        if len(pids) != 1 or pids[0] >= 0:
+        if processes == len(pids) or processes > 1:
             continue
         known = one.faults.vcpu >= 0
         vcpu, tid = one.faults.vcpu[known].astype(np.int64), one.faults.tid[known].astype(np.int64)

@@ -31,8 +31,15 @@ _CUT = b"\0"
 """Put behind a last line that has no end: its last number may have had more digits."""
 _LATEST_S = np.uint64(9 * 10**9)
 """Later than this does not fit an int64 of ns; clocks of the real time are at 1.8 of it."""
+_DIGITS = 20
+"""Of a number of 64 bits."""
+_MIX = np.uint64(0x9E37_79B9_7F4A_7C15)
+"""Odd, so that a product with it loses nothing: spreads a number over a word."""
 _SHOWN = 5
 """How many bad lines are kept, to be shown."""
+
+_LONGEST_NAME = 15
+"""Bytes in a task's name (include/linux/sched.h, TASK_COMM_LEN)."""
 
 _LOST = re.compile(
     r"^(?:.*: )? *CPU:\d+ \[(?:LOST )?(?:(\d+) )?EVENTS(?: DROPPED)?\]"
@@ -67,8 +74,10 @@ class Trace:
     :ivar seen: lines that are events of whatever kind
     :ivar lost: events that the kernel says it had to drop; 1 for each time that it does not say how many
     :ivar bad: the first lines that could not be read
-    :ivar threads: thread id → (process id or 0, name)
+    :ivar threads: thread id → (process id or 0, name); of several, the last
+    :ivar renamed: thread id → all names, of threads with more than one
     :ivar format: ``tracefs``, ``trace-cmd`` or ``perf``; empty if there was no event
+    :ivar latency_format: tracefs' other format, which is not read
     """
 
     events: Events
@@ -78,7 +87,9 @@ class Trace:
     bad_lines: int = 0
     bad: list[BadLine] = field(default_factory=list)
     threads: dict[int, tuple[int, str]] = field(default_factory=dict)
+    renamed: dict[int, set[str]] = field(default_factory=dict)
     format: str = ""
+    latency_format: bool = False
 
 
 def read(file: BinaryIO, on_bytes: Callable[[int], None] | None = None) -> Trace:
@@ -176,7 +187,9 @@ class _Reader:
             elif not _HEADINGS.match(line):
                 self._bad(text, begins, ends, int(index), 1)
             if line.startswith("# tracer:"):
-                self._marks["tracefs"] += 1
+                self._marks["tracefs"] += CHUNK
+            elif line.startswith("#") and " latency trace v" in line:
+                self._trace.latency_format = True
             elif _TRACE_CMD.match(line):
                 self._marks["trace-cmd"] += CHUNK
         self._loss_lines = np.array(losses, np.int64)
@@ -229,14 +242,29 @@ class _Reader:
         self._marks["perf"] += int(np.count_nonzero(heads.is_perf[which]))
         self._marks["tracefs"] += int(np.count_nonzero(heads.has_flags[which]))
         self._marks["trace-cmd"] += int(np.count_nonzero(~(heads.is_perf | heads.has_flags)[which]))
-        _, first = np.unique(heads.tid[which], return_index=True)
-        for index in which[first]:
+        for index in which[_distinct(text, heads, which)]:
             tid, pid = int(heads.tid[index]), max(0, int(heads.pid[index]))
-            name = text.slice(int(heads.begin[index]), int(heads.name_end[index])).strip()
+            end = int(heads.name_end[index])
+            # What else stands before a name is the file that trace-cmd has it from.
+            name = text.slice(max(int(heads.begin[index]), end - _LONGEST_NAME), end).strip()
             if name in ("<...>", f":{tid}"):
                 name = ""
             before = self._trace.threads.get(tid, (0, ""))
             self._trace.threads[tid] = (pid or before[0], name or before[1])
+            if name and before[1] not in ("", name):
+                self._trace.renamed.setdefault(tid, {before[1]}).add(name)
+
+
+def _distinct(text: Text, heads: _Heads, which: Places) -> Places:
+    """One of the lines of each thread, process and end of a name, in their order: indices of ``which``.
+
+    A thread has several if its name or process became known late, or if it is no thread.
+    """
+    key = text.words_at(heads.name_end[which] - 8)
+    for numbers in (heads.tid[which].astype(np.uint64), heads.pid[which].astype(np.uint64)):
+        key = (key ^ numbers) * _MIX
+    _, first = np.unique(key, return_index=True)
+    return np.sort(first)
 
 
 def _how_many(loss: re.Match[str]) -> int:
@@ -301,11 +329,28 @@ def _heads(text: Text, lines: _Lines) -> _Heads:
         name_end = np.where(slash, name_end - pid_digits - 1, name_end)
     good &= (tid_digits > 0) & (tid_digits < 10) & (name_end >= lines.begin)
     is_perf = slash | (separator == ord(" "))
-    good &= is_perf | (separator == ord("-"))
+    # A space before the hyphen makes it a sign: perf knows no thread there.
+    good &= is_perf | ((separator == ord("-")) & (text.bytes[name_end - 1] != ord(" ")))
+    name_end = name_end - text.spaces_before(name_end)
     name = lines.stamp + 1
-    name = name + text.spaces_after(name)
+    name = _behind_a_number(text, name + text.spaces_after(name))
     is_ns = (text.words_at(name) & mask(4)) == word("kvm:")
     return _Heads(good, time, tid, pid, lines.begin, name_end, name + 4 * is_ns, is_perf, has_flags)
+
+
+def _behind_a_number(text: Text, places: Places) -> Places:
+    """Where the next word begins, if a number stands there: perf's period (``-F +period``)."""
+    number = (text.bytes[places] >= ord("0")) & (text.bytes[places] <= ord("9"))
+    if not number.any():
+        return places
+    at = places.copy()
+    for _ in range(_DIGITS):
+        digit = number & (text.bytes[at] >= ord("0")) & (text.bytes[at] <= ord("9"))
+        if not digit.any():
+            break
+        at = at + digit
+    spaces = text.spaces_after(at)
+    return np.where(number & (spaces > 0), at + spaces, places)
 
 
 def _last_before(text: Text, character: str, places: Places) -> Places:

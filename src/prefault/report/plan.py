@@ -66,4 +66,4 @@ def verdict(plan: Plan, told: Prediction) -> str:
         return f"It pays: {format_duration(told.net_ns)} of vCPU time is saved in each run."
     if told.net_ns > 0:
         return f"It does not pay: {format_duration(told.net_ns)} is too little to care about."
-    return f"It does NOT pay: it costs {format_duration(-told.net_ns)} more than it saves."
+    return f"It does NOT pay: it costs {format_duration(abs(told.net_ns))} more than it saves."
