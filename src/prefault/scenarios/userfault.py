@@ -100,6 +100,38 @@ def the_handler_is_asked_as_by_the_guest(stage: Stage, backing: Backing) -> None
     stage.holds(asked == _each_page(stage), "the guest's reads asked for something else")
 
 
+@scenarios("M13", "M7", cases=MISSING)
+def what_the_handler_serves_to_a_logged_slot_is_mapped_read_only(stage: Stage, backing: Backing) -> None:
+    """A page at a time: nothing but the page-wise path waits for a handler."""
+    vm = stage.vm(replace(_absent(stage, backing), flags=SlotFlags.LOG_DIRTY_PAGES))
+    vcpu = stage.vcpu(vm, Write(DATA + 3 * stage.page, 1), Marker(0))
+    asked: Asked = []
+    with vm.handle_userfaults(DATA, PAGES * stage.page, UserfaultMode.MISSING, _copying(stage, asked)):
+        stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.holds(asked == _each_page(stage), "the handler was not asked once for each page, as by a read")
+    stage.holds(
+        not any(leaf.writable for leaf in stage.shown_leaves(vm)), "a logged slot has a writable leaf"
+    )
+    stage.holds(vm.get_dirty_log(1) == [], "pre-faulting made pages dirty")
+    stage.proceed(vcpu)
+    stage.holds(vm.get_dirty_log(1) == [3], "the guest's write is not in the log")
+
+
+@scenarios("M13", "M8", cases=MISSING)
+def what_the_handler_serves_to_a_read_only_slot_is_mapped_read_only(stage: Stage, backing: Backing) -> None:
+    vm = stage.vm(replace(_absent(stage, backing), flags=SlotFlags.READONLY))
+    vcpu = stage.vcpu(vm, Marker(0), _walk(stage), Report())
+    stage.proceed(vcpu)
+    asked: Asked = []
+    with vm.handle_userfaults(DATA, PAGES * stage.page, UserfaultMode.MISSING, _copying(stage, asked)):
+        stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.holds(asked == _each_page(stage), "the handler was not asked once for each page, as by a read")
+    stage.holds(
+        not any(leaf.writable for leaf in stage.shown_leaves(vm)), "a read-only slot has a writable leaf"
+    )
+    _guest_sees(stage, vm, vcpu, sum(gpa for gpa, _ in asked))
+
+
 @scenarios("M13", cases=[(2,), (5,), (PAGES,)])
 def pages_that_come_together_are_asked_for_once(stage: Stage, pages: int) -> None:
     vm = stage.vm(stage.data(pages * 3, resident=Resident.NOTHING))
