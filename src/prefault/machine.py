@@ -79,6 +79,8 @@ class Advice(enum.Enum):
     """Forget the pages; private memory reads as zeroes afterwards."""
     REMOVE = "remove"
     """Punch a hole into the file behind shared memory, which reads as zeroes afterwards."""
+    ALLOCATE = "allocate"
+    """Allocate the pages of a guest_memfd (fallocate(2)): what is in them is made only when they are used."""
     POPULATE_READ = "populate-read"
     POPULATE_WRITE = "populate-write"
     COLLAPSE = "collapse"
@@ -414,8 +416,11 @@ class Vm(Scope, Protocol):
     def unmap(self, gpa: int, size: int) -> None:
         """munmap(2) the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
 
-    def map_anew(self, gpa: int, size: int) -> None:
-        """mmap(2) private memory over the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
+    def map_anew(self, gpa: int, size: int, *, secret: bool = False) -> None:
+        """mmap(2) over the host's mapping of ``[gpa, gpa+size)``; the memslot stays.
+
+        :param secret: not private memory, but a memfd_secret(2) (Backing.SECRET)
+        """
 
     def fork(self) -> Child:
         """fork(2) of the VMM: it shares its private memory with the child, copied on write."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """mmap(2) and madvise(2) with chosen addresses, which Python's mmap module does not offer.
 
-Source: include/uapi/asm-generic/mman-common.h, include/uapi/linux/memfd.h
+Source: include/uapi/asm-generic/mman-common.h, include/uapi/linux/memfd.h, include/uapi/linux/falloc.h
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ MADV_SOFT_OFFLINE = 101
 _NR_MEMFD_SECRET = 447
 """On all architectures but those that have none."""
 _PROT_NONE = 0
+_FALLOC_FL_KEEP_SIZE = 1
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -105,6 +106,13 @@ def protect(hva: int, size: int, protection: int) -> None:
     if _libc.mprotect(hva, size, protection):
         error = ctypes.get_errno()
         raise PrefaultError(f"mprotect of {size:#x} bytes failed: {os.strerror(error)}")
+
+
+def allocate(fd: int, offset: int, size: int) -> None:
+    """fallocate(2) of a part of a file, whose size stays."""
+    if _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(size)):
+        error = ctypes.get_errno()
+        raise CapabilityMissing(f"fallocate of {size:#x} bytes failed: {os.strerror(error)}")
 
 
 def poison(hva: int, size: int) -> None:

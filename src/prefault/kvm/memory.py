@@ -73,7 +73,9 @@ class Memory:
         The host tells whoever has a page mapped that it is broken now: SIGBUS, to us, which is no
         news. Call from the main thread, the only one that can put a handler in its way.
         """
-        if advice is Advice.SOFT_OFFLINE:
+        if advice is Advice.ALLOCATE:
+            mapping.allocate(self.fd, offset, size)
+        elif advice is Advice.SOFT_OFFLINE:
             _migrate(self.hva + offset, size)
         elif advice is not Advice.HWPOISON:
             mapping.advise(self.hva + offset, size, _ADVICE[advice], f"MADV_{advice.name}")
@@ -91,9 +93,17 @@ class Memory:
         mapping.unmap(start, size)
         self._pieces = [part for piece in self._pieces for part in _without(piece, (start, start + size))]
 
-    def map_anew(self, offset: int, size: int) -> None:
-        """mmap(2) of private anonymous memory over what is mapped there."""
-        mapping.map_at(self.hva + offset, size, shared=False)
+    def map_anew(self, offset: int, size: int, *, secret: bool = False) -> None:
+        """mmap(2) of private anonymous memory, or of secret memory, over what is mapped there."""
+        if not secret:
+            mapping.map_at(self.hva + offset, size, shared=False)
+            return
+        fd = mapping.secret_file()
+        try:
+            os.ftruncate(fd, size)
+            mapping.map_at(self.hva + offset, size, shared=True, fd=fd)
+        finally:
+            os.close(fd)  # the mapping keeps the file
 
     def close(self) -> None:
         """Unmap, and close what was behind. Safe to call again."""

@@ -164,10 +164,13 @@ class AnyVm(Descriptor):
         slot = self._slot_of(gpa, size)
         slot.memory.unmap(gpa - slot.region.gpa, size)
 
-    def map_anew(self, gpa: int, size: int) -> None:
-        """mmap(2) private memory over the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
+    def map_anew(self, gpa: int, size: int, *, secret: bool = False) -> None:
+        """mmap(2) over the host's mapping of ``[gpa, gpa+size)``; the memslot stays.
+
+        :param secret: not private memory, but a memfd_secret(2) (Backing.SECRET)
+        """
         slot = self._slot_of(gpa, size)
-        slot.memory.map_anew(gpa - slot.region.gpa, size)
+        slot.memory.map_anew(gpa - slot.region.gpa, size, secret=secret)
 
     def hva_of(self, gpa: int) -> int:
         """Where the host has a byte of guest memory."""

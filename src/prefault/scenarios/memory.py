@@ -80,6 +80,22 @@ def guest_memfd_does_not_need_a_mapping_of_the_host(stage: Stage) -> None:
 
 
 @scenario("M1")
+def guest_memfd_that_was_allocated_and_not_used_is_zero(stage: Stage) -> None:
+    """fallocate(2) leaves in a page what was there: it is zeroed when it is first asked for."""
+    size = 4 * PAGES * stage.page
+    vm = stage.vm(stage.data(4 * PAGES, Backing.GUEST_MEMFD))
+    vcpu = stage.vcpu(vm, Marker(0), Walk(DATA, size, stage.page), Report())
+    stage.proceed(vcpu)
+    # Pages that are given back are handed out again first.
+    vm.write_memory(DATA, size // 8 * (0x5EC2E7).to_bytes(8, "little"))
+    vm.advise(DATA, size, Advice.REMOVE)
+    vm.advise(DATA, size, Advice.ALLOCATE)
+    stage.pre_fault(vcpu, DATA, size)
+    stage.shown_leaves(vm)
+    stage.holds(stage.finish(vcpu) == [0], "the guest read what was in the pages before")
+
+
+@scenario("M1")
 def guest_memfd_is_mapped_whatever_the_host_has_in_its_place(stage: Stage) -> None:
     vm = stage.vm(stage.data(PAGES, Backing.GUEST_MEMFD))
     vcpu = stage.vcpu(vm, Marker(0), Read(DATA), Report())
@@ -120,6 +136,23 @@ def the_host_keeps_what_the_guest_wrote_to_prefaulted_memory(stage: Stage, backi
     vm.drop_caches()
     total = sum(range(DATA, DATA + size, stage.page))
     stage.holds(stage.finish(vcpu) == [total], "what the guest wrote is lost")
+
+
+@scenarios("M6", cases=[(Backing.SHARED,), (Backing.FILE_SHARED,)])
+def shared_memory_that_the_host_may_only_read_is_allocated_for_reading(
+    stage: Stage, backing: Backing
+) -> None:
+    """Others than the VMM may write it, and so it has pages to allocate."""
+    size = PAGES * stage.page
+    vm = stage.vm(stage.data(PAGES, backing, resident=Resident.NOTHING))
+    vcpu = stage.vcpu(vm, Marker(0), Walk(DATA, size, stage.page), Report())
+    vm.protect(DATA, size, Access.READ)
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, size)
+    stage.holds(not any(leaf.writable for leaf in stage.shown_leaves(vm)), "PROT_READ came out writable")
+    with vm.count_faults() as counts:
+        stage.holds(stage.finish(vcpu) == [0], "memory that nobody has written is not zero")
+    stage.holds(counts.total == 0, f"{counts.total} stage-2 faults on memory that is mapped")
 
 
 @scenario("M6")

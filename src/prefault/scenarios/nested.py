@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+from dataclasses import replace
 
 from prefault.guest.program import DeviceRead, EnterL2, L2Mapping, Marker, Read, Report, Step, Walk
 from prefault.machine import Advice, Backing, Vcpu, VcpuConfig, Vm
@@ -43,6 +44,25 @@ def nested_prefault_leaves_shadow_untouched(stage: Stage, e2h0: bool) -> None:
     stage.holds(sum(leaf.size for leaf in leaves) == PAGES * stage.page, "the canonical table was not filled")
     stage.finish(vcpu)
     stage.see("shadows at the end", vm.nested_stage2())
+
+
+@scenarios("M4", cases=itertools.product((Backing.PRIVATE, Backing.GUEST_MEMFD), ("writable", "executable")))
+def an_l2_may_do_what_l1_lets_it_also_with_prefaulted_memory(
+    stage: Stage, backing: Backing, denied: str
+) -> None:
+    vm = stage.vm(stage.data(PAGES, backing))
+    mapping = replace(L2Mapping(L2, DATA, PAGES * stage.page), **{denied: False})
+    walk = Walk(L2, PAGES * stage.page, stage.page)
+    vcpu = stage.vcpu(vm, Marker(0), EnterL2((walk, Marker(1)), (mapping,)), config=VcpuConfig(el2=True))
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.proceed(vcpu)
+    tables = vm.nested_stage2()
+    stage.see("shadows", tables)
+    leaves = [leaf for table in tables for leaf in table if L2 <= leaf.ipa < L2 + PAGES * stage.page]
+    stage.holds(sum(leaf.size for leaf in leaves) == PAGES * stage.page, f"L2 walked, and has {leaves}")
+    rights = [leaf.writable if denied == "writable" else leaf.px or leaf.ux for leaf in leaves]
+    stage.holds(not any(rights), f"L2 has memory that is {denied} against L1's will")
 
 
 @scenarios("M4", "M14", cases=E2H0)

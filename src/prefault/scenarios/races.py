@@ -334,3 +334,30 @@ def what_is_dropped_at_any_moment_of_a_prefault_is_not_mapped(
             stage.holds(
                 event == Reported(expected), f"the guest read {event}, not what sums up to {expected}"
             )
+
+
+_BATCH = 512
+"""Pages that are pre-faulted by one look at their VMA."""
+
+
+@scenario("M12", "M6")
+def memory_that_becomes_secret_at_any_moment_of_a_prefault_is_for_no_guest(stage: Stage) -> None:
+    """The PTEs of what was mapped in its place are like any others: only the VMA tells."""
+    size, end = _BATCH * stage.page, _BATCH // 8 * stage.page
+    at = DATA + size - end
+    vm = stage.vm(MemoryRegion(1, DATA, size, Backing.PRIVATE, Resident.WRITE))
+    vcpu = stage.vcpu(vm, Marker(0))
+
+    def renew() -> None:
+        vm.map_anew(at, end, secret=True)
+        vm.write_memory(at, bytes(end))
+
+    with vm.preempt() as preempted:
+        for _ in range(_MOMENTS):
+            vm.map_anew(DATA, size)
+            vm.advise(DATA, size, Advice.POPULATE_WRITE)
+            preempted.run(partial(all_of, vcpu, DATA, size), renew)
+            # What is left of the rest depends on the moment.
+            leaves = vm.stage2() if stage.sees_leaves else []
+            mapped = [leaf for leaf in leaves if leaf.ipa + leaf.size > at]
+            stage.holds(not mapped, f"secret memory is mapped: {mapped}")

@@ -9,7 +9,19 @@ import signal
 from prefault.abi.constants import EHWPOISON, KVM_CAP_PRE_FAULT_MEMORY
 from prefault.errors import CapabilityMissing
 from prefault.guest.program import Marker
-from prefault.machine import Access, Advice, Backing, MemoryRegion, Resident, Vcpu, VcpuConfig, Vm, VmConfig
+from prefault.machine import (
+    Access,
+    Advice,
+    Backing,
+    MemoryRegion,
+    Resident,
+    Userfault,
+    UserfaultMode,
+    Vcpu,
+    VcpuConfig,
+    Vm,
+    VmConfig,
+)
 from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
 
 PAGES = 8
@@ -87,6 +99,26 @@ def memory_without_access_is_efault(stage: Stage) -> None:
     _refused(stage, vcpu, DATA, PAGES * stage.page, errno.EFAULT)
     vm.protect(DATA, PAGES * stage.page, Access.WRITE)
     stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+
+
+@scenarios("M10", cases=[(Backing.SHARED,), (Backing.FILE_SHARED,)])
+def memory_without_access_is_not_allocated(stage: Stage, backing: Backing) -> None:
+    """A handler of missing pages is asked for all of them afterwards."""
+    size = PAGES * stage.page
+    asked: list[int] = []
+    vm = stage.vm(stage.data(PAGES, backing, resident=Resident.NOTHING))
+    vcpu = stage.vcpu(vm, Marker(0))
+    vm.protect(DATA, size, Access.NONE)
+    _refused(stage, vcpu, DATA, size, errno.EFAULT)
+    vm.protect(DATA, size, Access.WRITE)
+
+    def handler(userfault: Userfault, gpa: int, write: bool) -> None:
+        asked.append(gpa)
+        userfault.zero(gpa, stage.page)
+
+    with vm.handle_userfaults(DATA, size, UserfaultMode.MISSING, handler):
+        stage.pre_fault(vcpu, DATA, size)
+    stage.holds(asked == list(range(DATA, DATA + size, stage.page)), f"missing were {asked}")
 
 
 @scenarios("M10", cases=[(Backing.PRIVATE,), (Backing.SHARED,), (Backing.GUEST_MEMFD,)])

@@ -307,6 +307,24 @@ def secret_memory_is_for_no_guest(stage: Stage) -> None:
     stage.holds(isinstance(event, Failed), f"the guest's own access came to {event}")
 
 
+@scenario("M14", "M6")
+def memory_before_secret_memory_in_one_slot_is_all_that_is_mapped(stage: Stage) -> None:
+    """Side by side in one table of the host's, each page with a PTE of its own: only the VMAs differ."""
+    half = 8 * stage.page
+    vm = stage.vm(MemoryRegion(1, DATA, 2 * half, Backing.PRIVATE, Resident.WRITE))
+    vm.map_anew(DATA + half, half, secret=True)
+    vm.write_memory(DATA + half, bytes(half))
+    vcpu = stage.vcpu(vm, Marker(0))
+    progress = stage.pre_fault_once(vcpu, DATA, 2 * half)
+    stage.holds((progress.errno, progress.gpa) == (0, DATA + half), f"up to secret memory: {progress}")
+    progress = stage.pre_fault_once(vcpu, DATA + half, half)
+    stage.holds(
+        (progress.errno, progress.gpa) == (errno.EFAULT, DATA + half), f"secret memory gave {progress}"
+    )
+    mapped = sum(leaf.size for leaf in stage.shown_leaves(vm))
+    stage.holds(mapped == half, f"{mapped:#x} bytes are mapped")
+
+
 def _tables(stage: Stage) -> int:
     """How many tables to have: their memory is not touched, but the host has to believe in it."""
     return min(24, 4 * GIB // stage.block)

@@ -55,6 +55,8 @@ def advise(host: Host, hva: int, size: int, advice: Advice) -> None:
             error = mm.dontneed(hva, end)
         case Advice.REMOVE:
             error = mm.remove(hva, end)
+        case Advice.ALLOCATE:
+            error = mm.allocate(hva, end)
         case Advice.POPULATE_READ | Advice.POPULATE_WRITE:
             error = mm.populate(hva, end, write=advice is Advice.POPULATE_WRITE)
         case Advice.COLLAPSE:
@@ -93,6 +95,14 @@ def unmap(host: Host, hva: int, size: int) -> None:
         raise PrefaultError(
             f"munmap of {size:#x} bytes failed: {os.strerror(-error)}; hugetlb is unmapped by whole pages"
         )
+
+
+def map_anew(host: Host, hva: int, size: int, *, secret: bool) -> None:
+    """mmap(2) with MAP_FIXED, of private or of secret memory."""
+    unmap(host, hva, size)
+    vma = Vma(hva, hva + size, shared=secret, file=File(size, host.memory.page_shift) if secret else None)
+    vma.secret = secret
+    host.mm.mmap(vma)
 
 
 def hva_of(host: Host, region: MemoryRegion, vma: Vma) -> int:

@@ -100,6 +100,19 @@ class Process(Mm):
                     self.memory.free(pfn, 1 << shift - self.page_shift)
         return -errno.ENOMEM if hole else 0
 
+    def allocate(self, start: int, end: int) -> int:
+        """fallocate(2) of the file behind a mapping; 0 or a negative errno.
+
+        Mirrors: kvm_gmem_allocate()
+        """
+        for vma in self.vmas_in(start, end):
+            if not vma.file:
+                return -errno.EBADF
+            for index in range(self.index(vma, start), self.index(vma, end - 1) + 1):
+                if self.page_cache(vma.file, index) is None:
+                    return -errno.ENOMEM
+        return 0
+
     def munmap(self, start: int, end: int) -> int:
         """munmap(2); 0 or a negative errno."""
         gone = self.isolate(start, end)

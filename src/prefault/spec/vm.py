@@ -199,12 +199,14 @@ class SpecVm(Closing):
         with LOCK:
             backing.unmap(self._host, self.hva_of(gpa, size), size)
 
-    def map_anew(self, gpa: int, size: int) -> None:
-        """mmap(2) private memory over the host's mapping of ``[gpa, gpa+size)``; the memslot stays."""
+    def map_anew(self, gpa: int, size: int, *, secret: bool = False) -> None:
+        """mmap(2) over the host's mapping of ``[gpa, gpa+size)``; the memslot stays.
+
+        :param secret: not private memory, but a memfd_secret(2) (Backing.SECRET)
+        """
         with LOCK:
             hva = self.hva_of(gpa, size)
-            backing.unmap(self._host, hva, size)
-            self._host.mm.mmap(Vma(hva, hva + size, shared=False))
+            backing.map_anew(self._host, hva, size, secret=secret)
 
     def fork(self) -> SpecChild:
         """fork(2) of the VMM: it shares its private memory with the child, copied on write."""
