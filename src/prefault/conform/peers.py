@@ -40,7 +40,11 @@ class Known:
 
 X86_64 = (
     Known(
-        ("prefaulting_makes_nothing_dirty", "logging_that_starts_while_a_prefault_waits_sees_every_write"),
+        (
+            "prefaulting_makes_nothing_dirty",
+            "logging_that_starts_while_a_prefault_waits_sees_every_write",
+            "what_the_handler_serves_to_a_logged_slot_is_mapped_read_only",
+        ),
         "pre-faulting made pages dirty",
         "with dirty logging on, every page that is pre-faulted becomes dirty and writable",
         "M7: a migration would send all of them again, though nobody has written to one",
