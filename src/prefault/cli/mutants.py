@@ -130,7 +130,7 @@ def catch(mutant: Mutant, options: _Options, progress: Progress) -> Verdict:
         raise BuildFailed(f"{mutant.name}: {error}") from error
     variant = variants.of(mutant.variant)
     machine = MachineOptions(
-        variant.memory_mib, mode=mutant.mode, append=(*in_lab.HUGE_PAGES, *variant.arguments)
+        variant.memory_mib, mode=mutant.mode, mte=mutant.mte, append=(*in_lab.HUGE_PAGES, *variant.arguments)
     )
     limit = in_lab.LIMIT_SECONDS * variant.slow
     try:
@@ -154,7 +154,11 @@ def _soak(mutant: Mutant, image: Path, minutes: float) -> str:
     argv = ("python3", "-m", "prefault.soak.run", json.dumps(dataclasses.asdict(config)))
     variant = variants.of(mutant.variant)
     machine = MachineOptions(
-        variant.memory_mib, cpus=4, mode=mutant.mode, append=("hugepages=8", *variant.arguments)
+        variant.memory_mib,
+        cpus=4,
+        mode=mutant.mode,
+        mte=mutant.mte,
+        append=("hugepages=8", *variant.arguments),
     )
     try:
         result = run_job(Job(argv, timeout=120 + 360 * minutes), machine, kernel=image)

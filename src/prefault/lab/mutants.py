@@ -3,7 +3,8 @@
 
 A mutant is a patch on top of the series. The text before its diff says what the mistake is, and may end
 with lines such as ``Mode: protected``, the mode of KVM in which it shows, ``Variant: debug``, the kernel
-that notices it, and ``Equivalent: reason``, if nobody can tell it from the right kernel.
+that notices it, ``Machine: mte``, if it takes guests with memory tags, and ``Equivalent: reason``, if nobody
+can tell it from the right kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from prefault.errors import UsageError
 from prefault.lab.build import KERNEL_FOLDER
 
-_TRAILER = re.compile(r"^(Mode|Variant|Equivalent): (.+)$", re.MULTILINE)
+_TRAILER = re.compile(r"^(Mode|Variant|Machine|Equivalent): (.+)$", re.MULTILINE)
 _DIFF = re.compile(r"^---$", re.MULTILINE)
 _LICENCE = "SPDX-License-Identifier:"
 
@@ -27,6 +28,7 @@ class Mutant:
     :ivar mistake: what is wrong, in a sentence
     :ivar mode: the mode of KVM in which it shows
     :ivar variant: the variant of the lab's kernel that notices it; None is the ordinary one
+    :ivar mte: it takes guests with memory tags
     :ivar equivalent: why nobody can tell it from the right kernel; empty if somebody can
     """
 
@@ -35,6 +37,7 @@ class Mutant:
     mistake: str
     mode: str = "nested"
     variant: str | None = None
+    mte: bool = False
     equivalent: str = ""
 
 
@@ -59,6 +62,7 @@ def _read_one(path: Path) -> Mutant:
         mistake=" ".join(" ".join(text).split()),
         mode=trailers.get("Mode", "nested"),
         variant=trailers.get("Variant"),
+        mte=trailers.get("Machine") == "mte",
         equivalent=trailers.get("Equivalent", ""),
     )
 

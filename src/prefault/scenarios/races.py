@@ -23,6 +23,7 @@ from prefault.machine import (
     SlotFlags,
     Vcpu,
     Vm,
+    VmConfig,
 )
 from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
 
@@ -327,6 +328,31 @@ def what_is_dropped_at_any_moment_of_a_prefault_is_not_mapped(
     with vm.preempt() as preempted:
         for moment in moments:
             vm.advise(DATA, size, drop)
+            if resident:
+                vm.advise(DATA, size, Advice.POPULATE_WRITE)
+            preempted.run(partial(all_of, vcpu, DATA, size), partial(renew, moment))
+            event, expected = stage.proceed(vcpu), moment * len(looked_at)
+            stage.holds(
+                event == Reported(expected), f"the guest read {event}, not what sums up to {expected}"
+            )
+
+
+@scenarios("M12", "M14", cases=[(True,), (False,)])
+def what_is_dropped_at_any_moment_of_a_page_wise_prefault_is_not_mapped(stage: Stage, resident: bool) -> None:
+    """Memory of a guest with tags takes that path page by page: the tags have to be made fit for it."""
+    size = PAGES * stage.page
+    looked_at = range(DATA, DATA + size, stage.page)
+    vm = stage.vm(stage.data(PAGES), config=VmConfig(mte=True))
+    vcpu = stage.vcpu(vm, *(_MOMENTS * (Walk(DATA, size, stage.page), Report())))
+
+    def renew(value: int) -> None:
+        vm.advise(DATA, size, Advice.DONTNEED)
+        for gpa in looked_at:
+            vm.write_memory(gpa, value.to_bytes(8, "little"))
+
+    with vm.preempt() as preempted:
+        for moment in range(1, 1 + _MOMENTS):
+            vm.advise(DATA, size, Advice.DONTNEED)
             if resident:
                 vm.advise(DATA, size, Advice.POPULATE_WRITE)
             preempted.run(partial(all_of, vcpu, DATA, size), partial(renew, moment))
