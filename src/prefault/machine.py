@@ -152,6 +152,8 @@ class VmConfig:
     """An in-kernel GICv3; needed for nested vCPUs."""
     mte: bool = False
     """KVM_CAP_ARM_MTE: the guest has memory tags."""
+    dirty_ring: int = 0
+    """KVM_CAP_DIRTY_LOG_RING_ACQ_REL: entries of each vCPU's ring; 0 leaves memslots their bitmaps."""
 
 
 @dataclass(frozen=True)
@@ -455,6 +457,9 @@ class Vm(Scope, Protocol):
 
     def get_dirty_log(self, slot: int) -> list[int]:
         """Page numbers, relative to the slot, written since the last call."""
+
+    def harvest_dirty_rings(self) -> list[tuple[int, int]]:
+        """(slot, page) of each write that vCPUs had noted since the last call. Call it while none runs."""
 
     def stage2(self) -> list[Leaf]:
         """Leaves of the canonical stage-2 table, by IPA."""

@@ -37,8 +37,12 @@ KNOWN_IF = {
     "kvm_pre_fault_memory": "defined(KVM_PRE_FAULT_MEMORY)",
     "memory_fault": "defined(KVM_EXIT_MEMORY_FAULT)",
     "arm_sea": "defined(KVM_EXIT_ARM_SEA)",
+    "KVM_DIRTY_LOG_PAGE_OFFSET": "KVM_DIRTY_LOG_PAGE_OFFSET",
 }
-"""When headers have a structure or a kind of exit: when they have the number that goes with it."""
+"""When headers have a structure or a kind of exit: when they have the number that goes with it.
+
+An architecture without dirty rings, as arm64 was before Linux 6.2, has 0 for where they are.
+"""
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,8 @@ def _assertions(headers: Headers) -> list[Assertion]:
     found = []
     for name, value in NUMBERS.items():
         if not _of_another(name, headers):
-            found.append(Assertion(name, f"(unsigned long long)({name}) == {value}ull", f"defined({name})"))
+            known = KNOWN_IF.get(name, f"defined({name})")
+            found.append(Assertion(name, f"(unsigned long long)({name}) == {value}ull", known))
     for one in STRUCTURES:
         if not _of_another(one.__name__, headers):
             found += _layout(one)

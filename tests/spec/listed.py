@@ -63,6 +63,7 @@ _CAPABILITIES = [
     "VM_TYPES",
     "MEMORY_FAULT_INFO",
     "MANUAL_DIRTY_LOG_PROTECT2",
+    "DIRTY_LOG_RING_ACQ_REL",
     "ARM_PSCI_0_2",
 ]
 
@@ -226,6 +227,24 @@ def dirty_log(kvm: Kvm) -> Iterator[object]:
                 yield vm.get_dirty_log(1)
 
 
+def dirty_ring(kvm: Kvm) -> Iterator[object]:
+    """With a ring and no bitmap, demand faults map a logged slot like any other, blocks included."""
+    steps = (Read(DATA + 3 * PAGE), Write(DATA + 3 * PAGE, 1), Write(DATA + 5 * PAGE, 1), Marker(1))
+    for backing in (Backing.PRIVATE, Backing.SHARED, Backing.THP):
+        region = MemoryRegion(1, DATA, BLOCK, backing, Resident.WRITE, SlotFlags.LOG_DIRTY_PAGES)
+        with _vm(kvm, region, config=VmConfig(dirty_ring=4096)) as vm:
+            vcpu = vm.create_vcpu()
+            for first in (DATA, DATA + 4 * PAGE):
+                yield _seen(vm, vcpu, Program(steps))
+                yield vm.harvest_dirty_rings()
+                yield dataclasses.astuple(vcpu.pre_fault_memory_once(first, 4 * PAGE))
+                yield [dataclasses.astuple(leaf) for leaf in vm.stage2()]
+            try:
+                vm.get_dirty_log(1)
+            except KvmError as error:
+                yield error.errno
+
+
 def nested(kvm: Kvm) -> Iterator[object]:
     """What an L2 may and may not, with E2H 0 and 1, and what is in the shadows."""
     cases: list[tuple[L2Mapping, tuple[Step, ...]]] = [
@@ -261,6 +280,7 @@ LISTED: dict[str, Callable[[Kvm], Iterator[object]]] = {
         instruction_abort,
         two_vcpus,
         dirty_log,
+        dirty_ring,
         nested,
     )
 }

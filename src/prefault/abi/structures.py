@@ -44,6 +44,12 @@ class kvm_dirty_log(ctypes.Structure):
     _fields_: ClassVar = [("slot", _u32), ("padding1", _u32), ("dirty_bitmap", _u64)]
 
 
+class kvm_dirty_gfn(ctypes.Structure):
+    """An entry of a dirty ring."""
+
+    _fields_: ClassVar = [("flags", _u32), ("slot", _u32), ("offset", _u64)]
+
+
 class kvm_enable_cap(ctypes.Structure):
     """Argument of KVM_ENABLE_CAP."""
 

@@ -72,9 +72,9 @@ def secret_file() -> int:
     return fd
 
 
-def map_shared(fd: int, size: int) -> int:
+def map_shared(fd: int, size: int, offset: int = 0) -> int:
     """Map a file anywhere, MAP_SHARED; returns the address."""
-    return _map(0, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd)
+    return _map(0, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, offset)
 
 
 def reserve(size: int, alignment: int) -> tuple[int, int]:

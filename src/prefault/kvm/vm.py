@@ -17,6 +17,7 @@ from prefault.guest.program import EnterL2, L2Mapping, Program
 from prefault.kvm import device, host, memory, stage2, tracing
 from prefault.kvm.descriptor import Descriptor
 from prefault.kvm.device import Device
+from prefault.kvm.dirty_ring import DirtyRing
 from prefault.kvm.held import HeldInvalidation
 from prefault.kvm.memory import Memory
 from prefault.kvm.preempt import Preemption
@@ -66,6 +67,8 @@ class AnyVm(Descriptor):
         self._memories: list[Memory] = []
         self._userfaults: list[Userfault] = []
         self._vcpus: list[AnyVcpu] = []
+        self._ring_entries = 0
+        self._rings: list[DirtyRing] = []
         self._run_threads: set[int] = set()
         self._refuses_hugetlb = False
         """Whether this kernel may refuse hugetlb pages because guests have memory tags."""
@@ -98,6 +101,26 @@ class AnyVm(Descriptor):
             raise
         self._memories.append(created)
         self._slots[region.slot] = _Slot(region, created)
+
+    def _enable_dirty_rings(self, entries: int) -> None:
+        """Give each vCPU a ring of so many entries, before the first is created; 0 changes nothing."""
+        if not entries:
+            return
+        if not self.check_extension(constants.KVM_CAP_DIRTY_LOG_RING_ACQ_REL):
+            raise CapabilityMissing(
+                "KVM_CAP_DIRTY_LOG_RING_ACQ_REL is 0: vCPUs have no dirty rings here; use bitmaps, or a "
+                "kernel that has rings (on arm64, Linux 6.2)"
+            )
+        request = structures.kvm_enable_cap(cap=constants.KVM_CAP_DIRTY_LOG_RING_ACQ_REL)
+        request.args[0] = entries * ctypes.sizeof(structures.kvm_dirty_gfn)
+        hint = "a ring has a power of 2 of entries, up to 65536, and takes a page at least"
+        self.ioctl("KVM_ENABLE_CAP", request, hint=hint)
+        self._ring_entries = entries
+
+    def _add_vcpu(self, vcpu: AnyVcpu) -> None:
+        self._vcpus.append(vcpu)
+        if self._ring_entries:
+            self._rings.append(DirtyRing(vcpu.fd, self._ring_entries, self._page_size))
 
     def _guest_memfd(self, region: MemoryRegion) -> int:
         if region.backing is not Backing.GUEST_MEMFD:
@@ -241,6 +264,14 @@ class AnyVm(Descriptor):
             if word >> bit & 1
         ]
 
+    def harvest_dirty_rings(self) -> list[tuple[int, int]]:
+        """(slot, page) of each write that vCPUs had noted since the last call. Call it while none runs."""
+        if not self._ring_entries:
+            raise UsageError("this VM has no dirty rings; create it with VmConfig(dirty_ring=4096)")
+        found = [one for ring in self._rings for one in ring.harvest()]
+        self.ioctl("KVM_RESET_DIRTY_RINGS")
+        return found
+
     def _counter(self, event: tracing.FaultEvent) -> KvmFaultCounter:
         pages = sum(slot.region.size for slot in self._slots.values()) // self._page_size
         return KvmFaultCounter(event, 2 * pages + _TRACE_SLACK, self._run_threads, self._is_memory)
@@ -256,6 +287,8 @@ class AnyVm(Descriptor):
         """Close the VM and its vCPUs. Safe to call again."""
         while self._userfaults:
             self._userfaults.pop().close()
+        while self._rings:
+            self._rings.pop().close()
         while self._vcpus:
             self._vcpus.pop().close()
         self._close_devices()
@@ -276,6 +309,7 @@ class Vm(AnyVm):
         if config.mte:
             self._enable_mte()
             self._refuses_hugetlb = True
+        self._enable_dirty_rings(config.dirty_ring)
         self._gic: Device | None = None
         self._gic_ready = threading.Lock()
         self._gic_pending = False
@@ -307,7 +341,7 @@ class Vm(AnyVm):
         hint = "vCPUs must be created before the first one runs" if self._gic else ""
         fd = self.ioctl("KVM_CREATE_VCPU", len(self._vcpus), hint=hint)
         vcpu = Vcpu(fd, self._vcpu_mmap_size, config, self._before_run, self._can_pre_fault)
-        self._vcpus.append(vcpu)
+        self._add_vcpu(vcpu)
         if config.initialised:
             target = structures.kvm_vcpu_init()
             self.ioctl("KVM_ARM_PREFERRED_TARGET", target)

@@ -8,6 +8,7 @@ host does not show its stage-2 tables; whatever needs one of them fails with ``C
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 
 from prefault.abi import x86
@@ -137,8 +138,9 @@ def _flat(kind: int) -> x86.kvm_segment:
 class X86Vm(AnyVm):
     """An x86 VM."""
 
-    def __init__(self, fd: int, kvm: X86Kvm, page_size: int, vcpu_mmap_size: int) -> None:
-        super().__init__(fd, page_size, vcpu_mmap_size)
+    def __init__(self, fd: int, config: VmConfig, kvm: X86Kvm, vcpu_mmap_size: int) -> None:
+        super().__init__(fd, kvm.page_size, vcpu_mmap_size)
+        self._enable_dirty_rings(config.dirty_ring)
         self._cpuid = kvm.supported_cpuid()
         self._msrs = kvm.model_specific_registers()
 
@@ -150,7 +152,7 @@ class X86Vm(AnyVm):
             raise CapabilityMissing("on x86 a vCPU is initialised when it is created")
         fd = self.ioctl("KVM_CREATE_VCPU", len(self._vcpus))
         vcpu = X86Vcpu(fd, self._vcpu_mmap_size, config, self._before_run, self._can_pre_fault)
-        self._vcpus.append(vcpu)
+        self._add_vcpu(vcpu)
         vcpu.set_up(self._cpuid, self._msrs)
         return vcpu
 
@@ -201,7 +203,12 @@ class X86Kvm(AnyKvm):
             if wanted:
                 raise _lacks(what)
         mmap_size = self.ioctl("KVM_GET_VCPU_MMAP_SIZE")
-        return X86Vm(self.create_vm_descriptor(0), self, self.page_size, mmap_size)
+        fd = self.create_vm_descriptor(0)
+        try:
+            return X86Vm(fd, config, self, mmap_size)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def supported_cpuid(self) -> ctypes.Array[ctypes.c_ubyte]:
         """What KVM_GET_SUPPORTED_CPUID has, as KVM_SET_CPUID2 takes it."""

@@ -126,7 +126,7 @@ def gmem_abort(s2fd: FaultDesc) -> int:
     if ret:
         return ret if ret != -errno.EAGAIN else 0
     if prot & Prot.W:
-        mark_page_dirty_in_slot(s2fd.slot, (ipa - s2fd.slot.base) // kvm.page_size)
+        mark_page_dirty_in_slot(kvm, s2fd.slot, (ipa - s2fd.slot.base) // kvm.page_size)
     return kvm.page_size
 
 
@@ -281,7 +281,7 @@ def kvm_s2_fault_map(s2fd: FaultDesc, s2vi: VmaInfo, prot: int) -> int:
         return ret if ret != -errno.EAGAIN else 0
     if prot & Prot.W or (s2fd.prefault and faults.dirty_marked):
         ipa = get_canonical_ipa(s2fd, s2vi) & -size
-        mark_page_dirty_in_slot(s2fd.slot, (ipa - s2fd.slot.base) // kvm.page_size)
+        mark_page_dirty_in_slot(kvm, s2fd.slot, (ipa - s2fd.slot.base) // kvm.page_size)
     return size
 
 

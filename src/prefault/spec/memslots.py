@@ -127,7 +127,7 @@ def kvm_replace_memslot(kvm: KvmState, old: Slot | None, new: Slot | None) -> No
 def kvm_prepare_memory_region(kvm: KvmState, old: Slot | None, new: Slot | None) -> int:
     """Mirrors: kvm_prepare_memory_region()"""
     if new is not None:
-        if new.flags & KVM_MEM_LOG_DIRTY_PAGES:
+        if new.flags & KVM_MEM_LOG_DIRTY_PAGES and kvm.dirty_rings is None:
             new.dirty = old.dirty if old and old.dirty is not None else DirtyBitmap()
         else:
             new.dirty = None
@@ -170,9 +170,14 @@ def kvm_arch_flush_shadow_memslot(kvm: KvmState, slot: Slot) -> None:
     kvm.mmu_lock.write_unlock()
 
 
-def mark_page_dirty_in_slot(slot: Slot, page: int) -> None:
-    """Mirrors: mark_page_dirty_in_slot(); ``page`` counts from the slot's start"""
-    if slot.flags & KVM_MEM_LOG_DIRTY_PAGES and slot.dirty is not None:
+def mark_page_dirty_in_slot(kvm: KvmState, slot: Slot, page: int) -> None:
+    """Mirrors: mark_page_dirty_in_slot(), on a running vCPU; ``page`` counts from the slot's start"""
+    if not slot.flags & KVM_MEM_LOG_DIRTY_PAGES:
+        return
+    if kvm.dirty_rings is not None:
+        step("dirty.push")
+        kvm.dirty_rings.append((slot.id, page))
+    elif slot.dirty is not None:
         step("dirty.mark")
         slot.dirty.pages.add(page)
 
@@ -201,6 +206,29 @@ def kvm_get_dirty_log_protect(kvm: KvmState, slot: Slot) -> list[int]:
     if taken:
         step("tlb.flush")
         kvm.mmu.pgt.tlb.flush_range(slot.base, slot.size)
+    return taken
+
+
+def kvm_vm_ioctl_reset_dirty_pages(kvm: KvmState) -> list[tuple[int, int]]:
+    """Take what the rings hold, and write-protect it.
+
+    Mirrors: kvm_vm_ioctl_reset_dirty_pages(), kvm_reset_dirty_gfn(), which takes some pages together
+    """
+    kvm.slots_lock.write_lock()
+    taken, kvm.dirty_rings = kvm.dirty_rings or [], []
+    kvm.mmu_lock.write_lock()
+    slots = {slot.id: slot for slot in kvm.slots}
+    found = [(slots[number], page * kvm.page_size) for number, page in taken if number in slots]
+    ipas = [slot.base + offset for slot, offset in found if offset < slot.size]
+    for ipa in ipas:
+        unmap.kvm_stage2_wp_range(kvm, kvm.mmu, ipa, kvm.page_size)
+    if ipas:
+        unmap.kvm_nested_s2_wp(kvm)
+    kvm.mmu_lock.write_unlock()
+    kvm.slots_lock.write_unlock()
+    if taken:
+        step("tlb.flush")
+        kvm.mmu.pgt.tlb.flush_range(0, 1 << kvm.mmu.pgt.ia_bits)
     return taken
 
 

@@ -172,6 +172,7 @@ class KvmState:
     """A VM. Mirrors: struct kvm
 
     :ivar slots: the active memslots, replaced as a whole
+    :ivar dirty_rings: (slot, page) of what is in the vCPUs' rings, never full; None if memslots have bitmaps
     :ivar cache: tables taken from the memory caches; the spec never runs out of them
     """
 
@@ -179,6 +180,7 @@ class KvmState:
     mmu: S2Mmu
     protected: bool = False
     mte: bool = False
+    dirty_rings: list[tuple[int, int]] | None = None
     slots: tuple[Slot, ...] = ()
     mmu_lock: RwLock = field(default_factory=lambda: RwLock("mmu_lock"))
     slots_lock: RwLock = field(default_factory=lambda: RwLock("slots_lock"))

@@ -75,6 +75,7 @@ class SpecVm(Closing):
         bits = host.config.ipa_limit if host.config.protected else config.ipa_bits or _DEFAULT_IPA_BITS
         mmu = S2Mmu(host.memory, host.config.granule, bits, shadow=False)
         self.kvm = KvmState(host, mmu, protected=config.protected, mte=config.mte)
+        self.kvm.dirty_rings = [] if config.dirty_ring else None
         self._notifier = KvmNotifier(self.kvm)
         host.mm.notifiers.append(self._notifier)
         self._regions: dict[int, _Region] = {}
@@ -125,7 +126,16 @@ class SpecVm(Closing):
         with LOCK:
             if slot not in self._regions or not self._regions[slot].region.flags & SlotFlags.LOG_DIRTY_PAGES:
                 raise UsageError(f"slot {slot} has no dirty log; set it with SlotFlags.LOG_DIRTY_PAGES")
+            if self.kvm.dirty_rings is not None:
+                raise KvmError("KVM_GET_DIRTY_LOG", errno.ENXIO)
             return memslots.kvm_vm_ioctl_get_dirty_log(self.kvm, slot)
+
+    def harvest_dirty_rings(self) -> list[tuple[int, int]]:
+        """(slot, page) of each write that vCPUs had noted since the last call. Call it while none runs."""
+        with LOCK:
+            if self.kvm.dirty_rings is None:
+                raise UsageError("this VM has no dirty rings; create it with VmConfig(dirty_ring=4096)")
+            return memslots.kvm_vm_ioctl_reset_dirty_pages(self.kvm)
 
     # vCPUs and programs.
 
@@ -386,6 +396,7 @@ def check_extension(host: Host, capability: int) -> int:
         constants.KVM_CAP_ARM_MTE: int(config.mte),
         constants.KVM_CAP_ARM_PSCI_0_2: 1,
         constants.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 3,
+        constants.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: 1 << 20,
         constants.KVM_CAP_PRE_FAULT_MEMORY: int(config.pre_faults),
         constants.KVM_CAP_GUEST_MEMFD: 1,
         constants.KVM_CAP_GUEST_MEMFD_FLAGS: 3,
