@@ -42,8 +42,10 @@ X86_64 = (
     Known(
         (
             "prefaulting_makes_nothing_dirty",
+            "prefaulting_puts_nothing_into_a_dirty_ring",
             "logging_that_starts_while_a_prefault_waits_sees_every_write",
             "what_the_handler_serves_to_a_logged_slot_is_mapped_read_only",
+            "what_the_handler_serves_is_in_a_dirty_ring_once_it_is_written",
         ),
         "pre-faulting made pages dirty",
         "with dirty logging on, every page that is pre-faulted becomes dirty and writable",

@@ -43,6 +43,8 @@ CODE = 0x4000_0000
 CODE_SIZE = 8 << 20
 DATA = 0x1_0000_0000
 """gpa of the memory that scenarios are about: aligned to a block of any granule's level 2."""
+RING = 4096
+"""Entries of a dirty ring that takes a page of any size at least."""
 DEVICE = 0x0A00_0000
 """gpa of a device: no slot is ever there."""
 

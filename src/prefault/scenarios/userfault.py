@@ -24,8 +24,9 @@ from prefault.machine import (
     Vcpu,
     VcpuConfig,
     Vm,
+    VmConfig,
 )
-from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
+from prefault.scenarios.scenario import DATA, RING, Stage, scenario, scenarios
 
 PAGES = 16
 MISSING = ((Backing.PRIVATE,), (Backing.SHARED,), (Backing.FILE_SHARED,))
@@ -115,6 +116,22 @@ def what_the_handler_serves_to_a_logged_slot_is_mapped_read_only(stage: Stage, b
     stage.holds(vm.get_dirty_log(1) == [], "pre-faulting made pages dirty")
     stage.proceed(vcpu)
     stage.holds(vm.get_dirty_log(1) == [3], "the guest's write is not in the log")
+
+
+@scenarios("M13", "M7", cases=MISSING)
+def what_the_handler_serves_is_in_a_dirty_ring_once_it_is_written(stage: Stage, backing: Backing) -> None:
+    logged = replace(_absent(stage, backing), flags=SlotFlags.LOG_DIRTY_PAGES)
+    vm = stage.vm(logged, config=VmConfig(dirty_ring=RING))
+    vcpu = stage.vcpu(vm, Write(DATA + 3 * stage.page, 1), Marker(0))
+    asked: Asked = []
+    with vm.handle_userfaults(DATA, PAGES * stage.page, UserfaultMode.MISSING, _copying(stage, asked)):
+        stage.pre_fault(vcpu, DATA, PAGES * stage.page)
+    stage.holds(
+        not any(leaf.writable for leaf in stage.shown_leaves(vm)), "a logged slot has a writable leaf"
+    )
+    stage.holds(vm.harvest_dirty_rings() == [], "pre-faulting made pages dirty")
+    stage.proceed(vcpu)
+    stage.holds(vm.harvest_dirty_rings() == [(1, 3)], "the guest's write is not in the ring")
 
 
 @scenarios("M13", "M8", cases=MISSING)
