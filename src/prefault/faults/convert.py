@@ -131,8 +131,9 @@ def _of_text(file: BinaryIO, path: Path, page_size: int, on_bytes: OnBytes | Non
         bad_lines=trace.bad_lines,
         threads=trace.threads,
     )
-    known = {tid: pid for tid, (pid, _) in trace.threads.items() if pid}
-    faults.pid = np.where(faults.pid > 0, faults.pid, _looked_up(faults.tid, known, -1))
+    unknown = faults.pid <= 0
+    if known := {tid: pid for tid, (pid, _) in trace.threads.items() if pid}:
+        faults.pid[unknown] = _looked_up(faults.tid[unknown], known, -1)
     recording = Recording(metadata, with_vcpus(faults, trace.threads))
     mixed = _mixed(trace, recording.faults)
     # Which entry follows which exit is not known there.
@@ -148,9 +149,9 @@ def _mixed(trace: text.Trace, faults: Columns) -> dict[int, tuple[int, ...]]:
         tid: {number for name in names if (number := _vcpu(name)) is not None}
         for tid, names in trace.renamed.items()
     }
-    pairs = np.unique(np.stack((faults.tid, faults.vcpu.astype(np.int32)))[:, faults.vcpu >= 0], axis=1)
-    for tid, vcpu in pairs.T.tolist():
-        found.setdefault(tid, set()).add(vcpu)
+    known = faults.vcpu >= 0
+    for pair in np.unique(faults.tid[known].astype(np.int64) << 16 | faults.vcpu[known]).tolist():
+        found.setdefault(pair >> 16, set()).add(pair & 0xFFFF)
     return {tid: tuple(sorted(vcpus)) for tid, vcpus in found.items() if len(vcpus) > 1}
 
 
