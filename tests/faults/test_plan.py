@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import os
+import threading
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefault.errors import UsageError
+from prefault.faults import plan as plan_module
 from prefault.faults.plan import Plan, dumps, from_json, load
 from prefault.faults.planning import PlanConfig, make_plan
 from tests.faults.recordings import RECORDINGS, Fault, recording_of
@@ -130,6 +134,33 @@ def test_json_that_says_nothing_or_two_things_is_refused(
     (tmp_path / "x").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError, match=message):
         load(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe"])
+def test_what_is_larger_than_any_plan_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(plan_module, "MOST_BYTES", 1 << 16)
+    path = tmp_path / name
+    if name == "pipe":
+        os.mkfifo(path)
+        threading.Thread(target=fill, args=(path,), daemon=True).start()
+    with pytest.raises(UsageError, match="no plan: it has more than"):
+        load(path)
+
+
+def fill(pipe: Path) -> None:
+    """Write until nobody reads any more."""
+    with contextlib.suppress(BrokenPipeError), pipe.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+
+
+def test_a_plan_may_come_through_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    text = json.dumps(small())
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,), daemon=True).start()
+    assert load(tmp_path / "pipe") == from_json(small())
 
 
 JSON = st.recursive(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from prefault.errors import UsageError
 from prefault.faults import recording
 from prefault.faults.recording import SCHEMA, Columns, Metadata, Recording
 from prefault.faults.syndrome import ACCESSES, KINDS, NO_LEVEL
+from tests.faults.recordings import Fault, recording_of
 
 DOCS = Path(__file__).parents[2] / "docs/recording.md"
 
@@ -159,6 +161,20 @@ def test_the_faults_of_some_processes_can_be_taken(pids: list[int], ipas: list[i
         recording.of_processes(of_both, [3], "x")
     with pytest.raises(UsageError, match="does not say whose"):
         recording.of_processes(one, [3], "x")
+
+
+def test_what_does_not_begin_as_parquet_is_not_read_to_its_end() -> None:
+    with pytest.raises(UsageError, match="does not begin as Parquet"):
+        recording.read(Path("/dev/zero"))
+
+
+def test_a_recording_may_come_through_a_pipe(tmp_path: Path) -> None:
+    made = recording_of([Fault(1)])
+    recording.write(made, tmp_path / "whole")
+    os.mkfifo(tmp_path / "pipe")
+    text = (tmp_path / "whole").read_bytes()
+    threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(text,), daemon=True).start()
+    assert recording.table(recording.read(tmp_path / "pipe")).equals(recording.table(made))
 
 
 def test_a_file_that_is_no_parquet_or_not_there_is_refused(tmp_path: Path) -> None:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dataclasses from JSON that somebody else has written: each field of its type, or an error that says which.
+"""JSON that somebody else has written, and dataclasses from it: each field of its type, or an error.
 
 Standard library only.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, NoReturn
 
 _PLAIN: Mapping[str, tuple[type, ...]] = {
     "int": (int,),
@@ -22,6 +23,30 @@ _PLAIN: Mapping[str, tuple[type, ...]] = {
 
 _PAGE_SIZES = (4096, 16384, 65536)
 _MOST_ID = (1 << 31) - 1
+
+
+def loads(text: str | bytes) -> Any:
+    """JSON as its standard has it: UTF-8, each name of an object once, and numbers that are some.
+
+    :raises ValueError, RecursionError: it is none
+    """
+    # Of bytes, json.loads would take other encodings, too.
+    text = text.decode() if isinstance(text, bytes) else text
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are each there once: which of two values was meant, nobody can tell."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def known(kind: type, values: object) -> dict[str, Any]:

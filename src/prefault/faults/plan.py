@@ -11,14 +11,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from prefault.errors import UsageError
-from prefault.faults.foreign import check_page_size, known
+from prefault.faults.foreign import check_page_size, known, loads
 
 FORMAT = "prefault-plan"
 VERSION = 1
 """Raised when a field changes its meaning or goes away, not when one is added."""
+
+MOST_BYTES = 64 << 20
+"""Of a plan's file, hundreds of thousands of ranges: /dev/zero and the like have no end."""
 
 END = 1 << 52
 """No guest has memory from here on: arm64 has no more bits of IPA, x86 none of physical address."""
@@ -138,27 +141,19 @@ def load(path: Path) -> Plan:
     :raises UsageError: it cannot be read, or is none
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        with path.open("rb") as file:  # perhaps a pipe, whose size nobody knows
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise UsageError(
+                f"{path}: no plan: it has more than {MOST_BYTES >> 20} MiB; "
+                "with a larger --granule a plan is smaller"
+            )
+        values = loads(text)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: no plan: {error}") from error
     return from_json(values, str(path))
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names are each there once: which of two ranges were meant, nobody can tell."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
-    return found
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number of JSON")
 
 
 def from_json(values: object, name: str = "the plan") -> Plan:

@@ -28,6 +28,7 @@ VERSION = 1
 """Raised when a column changes its meaning or goes away, not when one is added."""
 
 _KEY = b"prefault"
+_MAGIC = b"PAR1"
 
 SCHEMA = pa.schema(
     [
@@ -198,7 +199,7 @@ def read(path: Path) -> Recording:
     """
     try:
         # Not the file itself: Arrow's threads would call Python's read(), also when Python comes to its end.
-        found = pq.read_table(pa.BufferReader(path.read_bytes()))
+        found = pq.read_table(pa.BufferReader(_parquet(path)))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
     except pa.ArrowException as error:
@@ -206,6 +207,24 @@ def read(path: Path) -> Recording:
             f"{path}: no recording ({error}); `prefault record --from {path}` makes one of a trace"
         ) from error
     return Recording(_metadata(found, path), _in_order(Columns(*_columns(found, path)), path))
+
+
+def _parquet(path: Path) -> bytes:
+    """The bytes of a file that begins as Parquet does: /dev/zero and the like have no end.
+
+    :raises UsageError: it begins otherwise
+    """
+    with path.open("rb") as file:
+        start = file.read(len(_MAGIC))
+        if start != _MAGIC:
+            raise UsageError(
+                f"{path}: no recording (it does not begin as Parquet does); "
+                f"`prefault record --from {path}` makes one of a trace"
+            )
+        if not file.seekable():
+            return start + file.read()
+        file.seek(0)  # a second copy of a large recording would be for a moment only, but large
+        return file.read()
 
 
 def _in_order(faults: Columns, path: Path) -> Columns:
