@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -127,10 +128,13 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def rewritten(folder: Path, state: object, version: int = 1) -> Path:
     """The snapshot with another state, whose sum is right."""
-    body = json.dumps(state).encode()
-    (folder / STATE).write_bytes(
-        f"prefault-snapshot {version} {len(body)} {zlib.crc32(body):08x}\n".encode() + body
-    )
+    return with_body(folder, json.dumps(state).encode(), version)
+
+
+def with_body(folder: Path, body: bytes, version: int = 1) -> Path:
+    """The snapshot with other bytes in place of its state's JSON, their sum right."""
+    head = f"prefault-snapshot {version} {len(body)} {zlib.crc32(body):08x}\n".encode()
+    (folder / STATE).write_bytes(head + body)
     return folder
 
 
@@ -152,6 +156,86 @@ def test_another_version_is_named(copy: Path) -> None:
 def test_a_state_that_says_nothing_of_memory_is_refused(copy: Path, state: object) -> None:
     with pytest.raises(BadSnapshot):
         Snapshot(rewritten(copy, state))
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"{", "Expecting property name"),
+        (b"", "Expecting value"),
+        (b"\xff\xfe{}", "can't decode byte 0xff"),
+        ("{}".encode("utf-16"), "can't decode"),
+        (b"[" * 200_000, "recursion"),
+        (b'{"memory": NaN}', "NaN is no number"),
+        (b'{"memory": {}, "memory": {}}', "'memory' is there twice"),
+        (b'{"memory": ' + b"9" * 5000 + b"}", "digits"),
+    ],
+)
+def test_a_state_that_is_no_json_is_refused(copy: Path, body: bytes, why: str) -> None:
+    with pytest.raises(BadSnapshot, match=why):
+        Snapshot(with_body(copy, body))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"size": "Infinity"},
+        {"size": 1e400},
+        {"size": -CHUNK, "crc32": []},
+        {"size": 0, "crc32": []},
+        {"size": float(len(CONTENTS))},
+        {"size": True},
+        {"size": 1 << 200},
+        {"chunk": float(CHUNK)},
+        {"crc32": {str(number): None for number in range(CHUNKS + 1)}},
+        {"crc32": "abcdefg"},
+        {"crc32": [1 << 32] * (CHUNKS + 1)},
+        {"crc32": [-1] * (CHUNKS + 1)},
+        {"crc32": [False] * (CHUNKS + 1)},
+    ],
+)
+def test_memory_of_no_size_or_with_no_sums_is_refused(copy: Path, facts: dict[str, object]) -> None:
+    state = json.loads((copy / STATE).read_bytes().partition(b"\n")[2])
+    state["memory"] |= facts
+    with pytest.raises(BadSnapshot):
+        Snapshot(rewritten(copy, state))
+
+
+@pytest.mark.parametrize("head", [b"1 " + b"9" * 5000, b"9" * 5000 + b" 2", b"1 -2", "1 ٢".encode()])
+def test_a_length_or_version_that_is_no_number_is_refused(copy: Path, head: bytes) -> None:
+    (copy / STATE).write_bytes(b"prefault-snapshot " + head + b" 00000000\n{}")
+    with pytest.raises(BadSnapshot, match="does not begin"):
+        Snapshot(copy)
+
+
+def test_a_state_that_is_larger_than_any_is_not_read(copy: Path) -> None:
+    os.truncate(copy / STATE, 1 << 40)
+    with pytest.raises(BadSnapshot, match="more than any guest's"):
+        Snapshot(copy)
+
+
+@pytest.mark.parametrize("name", [STATE, MEMORY])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "/dev/zero", "/proc/self/pagemap"])
+def test_a_file_that_is_none_is_refused_at_once(copy: Path, name: str, kind: str) -> None:
+    (copy / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(copy / name)
+    elif kind == "folder":
+        (copy / name).mkdir()
+    else:
+        (copy / name).symlink_to(kind)
+    why = "does not begin|bytes in place of" if kind.startswith("/proc") else f"its {name} is no regular file"
+    with pytest.raises(BadSnapshot, match=why):
+        Snapshot(copy)
+
+
+@pytest.mark.parametrize("body", [b"{", b"[" * 200_000, b'{"memory": {"size": 1e400}}', b"{}"])
+def test_a_pack_whose_state_is_none_is_refused_and_leaves_nothing_behind(tmp_path: Path, body: bytes) -> None:
+    state = f"prefault-snapshot 1 {len(body)} {zlib.crc32(body):08x}\n".encode() + body
+    packed = b"prefault-snapshot-pack 1\n" + len(state).to_bytes(8, "little") + state
+    with pytest.raises(BadSnapshot):
+        snapshot.unpack(packed, tmp_path / "warm")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_there_is_not_overwritten(folder: Path) -> None:

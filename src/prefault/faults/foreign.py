@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn
@@ -22,6 +24,8 @@ _PLAIN: Mapping[str, tuple[type, ...]] = {
 """JSON's types of fields that are no list and no object; a bool is no int there."""
 
 _PAGE_SIZES = (4096, 16384, 65536)
+_HEXADECIMAL = re.compile("0x(0|[1-9a-f][0-9a-f]*)")
+_BYTES = re.compile("([0-9a-f]{2})*")
 _MOST_ID = (1 << 31) - 1
 
 
@@ -67,6 +71,60 @@ def known(kind: type, values: object) -> dict[str, Any]:
         elif one.default is MISSING and one.default_factory is MISSING:
             raise TypeError(f"its {kind.__name__.lower()} has no {one.name!r}")
     return found
+
+
+def whole(value: object, most: int) -> int:
+    """A number from 0 to the most that it can be.
+
+    :raises ValueError: it is none, or another one
+    """
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{_shown(value)} is no number from 0 to {most:#x}")
+    return value
+
+
+def hexadecimal(name: object, most: int) -> int:
+    """The same from text, in the one way in which ``f"{number:#x}"`` writes it.
+
+    :raises ValueError: it is none, or written in another way
+    """
+    if isinstance(name, str) and _HEXADECIMAL.fullmatch(name):
+        return whole(int(name, 16), most)
+    raise ValueError(f"{_shown(name)} is no hexadecimal number")
+
+
+def items(value: object) -> list[tuple[str, Any]]:
+    """The names and values of an object.
+
+    :raises ValueError: it is none
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{_shown(value)} is no object")
+    return list(value.items())
+
+
+def bytes_of(text: object) -> bytes:
+    """What ``bytes.hex`` wrote.
+
+    :raises ValueError: it did not write this
+    """
+    if isinstance(text, str) and _BYTES.fullmatch(text):
+        return bytes.fromhex(text)
+    raise ValueError(f"{_shown(text)} are no hexadecimal bytes")
+
+
+def line(text: object, most: int) -> str:
+    """A text that can be shown: it has no line ends, nothing that a terminal obeys, and not too much.
+
+    :raises ValueError: it is none
+    """
+    if isinstance(text, str) and text.isprintable() and len(text) <= most:
+        return text
+    raise ValueError(f"{_shown(text)} is no line of text")
+
+
+def _shown(value: object) -> str:
+    return reprlib.repr(value)
 
 
 def threads(values: object) -> dict[int, tuple[int, str]]:

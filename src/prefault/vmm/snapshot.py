@@ -10,7 +10,8 @@ A snapshot is a folder with two files:
     else, and the size and a CRC-32 of each chunk of the memory.
 
 Any flipped byte and any missing end is found by that; the sums are against accidents, not against
-somebody who wants to deceive. A folder appears under its name when all of it is on the disk, never before.
+somebody who wants to deceive. What is no snapshot at all, or one of somebody else's making, is refused with
+a reason, whatever it is. A folder appears under its name when all of it is on the disk, never before.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import mmap
 import os
 import re
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,13 +31,21 @@ from pathlib import Path
 from typing import Any
 
 from prefault.errors import BadSnapshot, PrefaultError, UsageError
+from prefault.faults import foreign
 
 CHUNK = 1 << 16
 """Bytes with a sum of their own: the largest page size that a host can have."""
 VERSION = 1
 STATE, MEMORY = "state", "memory"
 
-_HEAD = re.compile(rb"prefault-snapshot (\d+) (\d+) ([0-9a-f]{8})\n")
+MOST_STATE = 256 << 20
+"""Bytes of a state: that of a guest with 1 TiB, the most that KVM's addresses have room for, has 190 MiB."""
+
+_HEAD = re.compile(rb"prefault-snapshot (\d{1,9}) (\d{1,9}) ([0-9a-f]{8})\n")
+_LONGEST_HEAD = 64
+_LONGEST_REASON = 300
+_FOREIGN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_MOST_SUM = (1 << 32) - 1
 _ZEROES = bytes(CHUNK)
 _ZERO_SUM = zlib.crc32(_ZEROES)
 
@@ -135,9 +145,86 @@ def _sync(folder: Path) -> None:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def foreign_refused(folder: Path) -> Iterator[None]:
+    """Whatever is wrong with what somebody else may have written is a reason to refuse it.
+
+    :raises BadSnapshot: in place of what Python raises on values that are not what they should be
+    """
+    try:
+        yield
+    except (*_FOREIGN, UsageError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise BadSnapshot(
+            folder, f"its state is not what it should be: {reason[:_LONGEST_REASON]}"
+        ) from error
+
+
+def _open(folder: Path, name: str) -> int:
+    """Open one of the files for reading.
+
+    :raises BadSnapshot: it cannot be, or is a pipe or the like, which might never answer or never end
+    """
+    try:
+        fd = os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        raise BadSnapshot(folder, f"its {name} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise BadSnapshot(folder, f"its {name} is no regular file")
+    return fd
+
+
+def _read_state(folder: Path) -> bytes:
+    try:
+        with open(_open(folder, STATE), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _LONGEST_HEAD + MOST_STATE:
+                raise BadSnapshot(folder, f"its state has over {MOST_STATE >> 20} MiB, more than any guest's")
+            return file.read(size + 1)  # files of procfs have more than they say, without end
+    except OSError as error:
+        raise BadSnapshot(folder, f"its state cannot be read: {error.strerror}") from error
+
+
+def _parsed(folder: Path, text: bytes) -> tuple[dict[str, Any], int, list[int | None]]:
+    """The state, and what it says of the memory: bytes, and sums of the chunks.
+
+    :raises BadSnapshot: it is not the state of a snapshot
+    """
+    with foreign_refused(folder):
+        found = foreign.loads(_body(folder, text))
+        if not isinstance(found, dict) or not isinstance(found.get("memory"), dict):
+            raise ValueError("it says nothing of its memory")
+        facts = found["memory"]
+        size, chunk, sums = facts["size"], facts["chunk"], facts["crc32"]
+        if type(size) is not int or size <= 0 or type(chunk) is not int or not isinstance(sums, list):
+            raise ValueError("it does not say how large its memory is")
+        if chunk != CHUNK or len(sums) != -(-size // CHUNK):
+            raise ValueError(f"{len(sums)} chunks of {chunk} bytes do not make {size}")
+        if not all(one is None or (type(one) is int and 0 <= one <= _MOST_SUM) for one in sums):
+            raise ValueError("the checksums of its memory are none")
+        return found, size, sums
+
+
+def _body(folder: Path, text: bytes) -> bytes:
+    """What comes after the first line, if that fits it."""
+    head = _HEAD.match(text)
+    if not head:
+        raise BadSnapshot(folder, "its state does not begin as a snapshot's does")
+    version, length, body = int(head[1]), int(head[2]), text[head.end() :]
+    if version != VERSION:
+        raise BadSnapshot(folder, f"it has version {version}, this prefault reads version {VERSION}")
+    if len(body) != length:
+        raise BadSnapshot(folder, f"its state has {len(body)} bytes, not {length}: it is truncated")
+    if f"{zlib.crc32(body):08x}".encode() != head[3]:
+        raise BadSnapshot(folder, "its state is damaged: the checksum is another one")
+    return body
+
+
 class Snapshot:
     """A snapshot to restore from. Its memory file stays open until ``close``.
 
+    :ivar raw: the state file
     :ivar state: what was given to ``write``
     :ivar size: bytes of guest memory
     :ivar sums: CRC-32 of each chunk, None for those that are all zero
@@ -146,42 +233,12 @@ class Snapshot:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state = self._read_state()
-        try:
-            facts = self.state["memory"]
-            self.size, self.sums = int(facts["size"]), list(facts["crc32"])
-            chunk = int(facts["chunk"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadSnapshot(folder, f"its state says nothing of its memory ({error!r})") from error
-        if chunk != CHUNK or len(self.sums) != -(-self.size // CHUNK):
-            raise BadSnapshot(folder, f"{len(self.sums)} chunks of {chunk} bytes do not make {self.size}")
+        self.raw = _read_state(folder)
+        self.state, self.size, self.sums = _parsed(folder, self.raw)
         self._file = self._open_memory()
 
-    def _read_state(self) -> dict[str, Any]:
-        try:
-            text = (self.folder / STATE).read_bytes()
-        except OSError as error:
-            raise BadSnapshot(self.folder, f"its state cannot be read: {error.strerror}") from error
-        head = _HEAD.match(text)
-        if not head:
-            raise BadSnapshot(self.folder, "its state does not begin as a snapshot's does")
-        version, length, body = int(head[1]), int(head[2]), text[head.end() :]
-        if version != VERSION:
-            raise BadSnapshot(self.folder, f"it has version {version}, this prefault reads version {VERSION}")
-        if len(body) != length:
-            raise BadSnapshot(self.folder, f"its state has {len(body)} bytes, not {length}: it is truncated")
-        if f"{zlib.crc32(body):08x}".encode() != head[3]:
-            raise BadSnapshot(self.folder, "its state is damaged: the checksum is another one")
-        found = json.loads(body)
-        if not isinstance(found, dict):
-            raise BadSnapshot(self.folder, "its state is no object")
-        return found
-
     def _open_memory(self) -> int:
-        try:
-            fd = os.open(self.folder / MEMORY, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise BadSnapshot(self.folder, f"its memory cannot be read: {error.strerror}") from error
+        fd = _open(self.folder, MEMORY)
         found = os.fstat(fd).st_size
         if found != self.size:
             os.close(fd)
@@ -262,9 +319,8 @@ def pack(folder: Path, target: Path) -> None:
     """Put a snapshot into one file without its holes."""
     snapshot = Snapshot(folder)
     try:
-        state = (folder / STATE).read_bytes()
         with target.open("xb") as file:
-            file.write(_PACK + len(state).to_bytes(8, "little") + state)
+            file.write(_PACK + len(snapshot.raw).to_bytes(8, "little") + snapshot.raw)
             for _, chunk in snapshot.pieces():
                 file.write(chunk)
     finally:
@@ -283,25 +339,26 @@ def unpack(data: bytes, folder: Path) -> None:
         raise BadSnapshot(folder, "what came is not a packed snapshot")
     length = int.from_bytes(data[at - 8 : at], "little")
     state, chunks = data[at : at + length], memoryview(data)[at + length :]
+    _, size, sums = _parsed(folder, state)
     partial = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         with _removed_on_failure(partial):
             partial.mkdir()
             (partial / STATE).write_bytes(state)
-            (partial / MEMORY).touch()
-            facts = json.loads(state.partition(b"\n")[2])["memory"]
-            with (partial / MEMORY).open("r+b", buffering=0) as file:
-                os.truncate(file.fileno(), facts["size"])
-                for index, expected in enumerate(facts["crc32"]):
-                    if expected is not None:
-                        size = min(CHUNK, facts["size"] - index * CHUNK)
-                        _write_all(file.fileno(), bytes(chunks[:size]), index * CHUNK)
-                        chunks = chunks[size:]
+            _unpack_memory(partial / MEMORY, size, sums, chunks)
             partial.rename(folder)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadSnapshot(folder, f"what came is not a packed snapshot ({error!r})") from error
     except OSError as error:
         raise PrefaultError(f"the snapshot {folder} could not be written: {error.strerror}") from error
+
+
+def _unpack_memory(path: Path, size: int, sums: list[int | None], chunks: memoryview) -> None:
+    with path.open("xb", buffering=0) as file:
+        os.truncate(file.fileno(), size)
+        for index, expected in enumerate(sums):
+            if expected is not None:
+                length = min(CHUNK, size - index * CHUNK)
+                _write_all(file.fileno(), bytes(chunks[:length]), index * CHUNK)
+                chunks = chunks[length:]
 
 
 @contextlib.contextmanager
