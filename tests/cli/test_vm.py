@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 
 from prefault.cli import vm as command
 from prefault.cli.main import main
@@ -17,7 +19,7 @@ from prefault.lab.job import Job, JobResult
 from prefault.vmm import app, snapshot
 from prefault.vmm.order import Boot, Outcome, Why, boot_from, restore_from
 
-from ..vmm.samples import MEMORY, written
+from ..vmm.samples import MEMORY, changed_states, with_empty_memory, with_state, written
 
 Fake = Callable[[dict[str, object]], list[Job]]
 
@@ -230,6 +232,27 @@ def test_show_says_what_is_in_a_snapshot(tmp_path: Path, capsys: pytest.CaptureF
     found = json.loads(capsys.readouterr().out)
     assert found["guest"]["vcpus"] == 2
     assert (found["stored"], found["kernel"], found["registers"]) == (65536, "7.3.4", 3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(body=changed_states())
+def test_whatever_is_in_a_state_show_says_whole_or_why_not(
+    tmp_path_factory: pytest.TempPathFactory, body: dict[str, Any]
+) -> None:
+    folder = with_empty_memory(tmp_path_factory.mktemp("snapshots") / "warm")
+    assert main(["vm", "show", str(with_state(folder, body))]) in (0, 1)
+
+
+@pytest.mark.parametrize("command", ["show", "restore"])
+@pytest.mark.parametrize("name", ["memory", "state"])
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, name: str
+) -> None:
+    folder = written(tmp_path / "warm")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert main(["vm", command, str(folder)]) == 1
+    assert f"its {name} is no regular file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

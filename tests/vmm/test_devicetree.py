@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefault.vmm import devicetree
-from prefault.vmm.config import MAX_VCPUS, MIB, RAM_BASE, UART_BASE, GuestConfig
+from prefault.vmm.config import MAX_MEMORY, MAX_VCPUS, MIB, RAM_BASE, UART_BASE, GuestConfig
 
 
 def built(guest: GuestConfig, initrd: tuple[int, int] | None = None, line: str = "quiet") -> fdt.FDT:
@@ -20,7 +20,7 @@ def words(tree: fdt.FDT, path: str, name: str) -> list[int]:
     return list(tree.get_property(name, path).data)
 
 
-@given(st.integers(1, MAX_VCPUS), st.integers(8, 1 << 20))
+@given(st.integers(1, MAX_VCPUS), st.integers(8, MAX_MEMORY // (2 * MIB)))
 def test_the_guest_is_told_what_it_has(vcpus: int, double_mib: int) -> None:
     memory = double_mib * 2 * MIB
     tree = built(GuestConfig(memory=memory, vcpus=vcpus))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -79,9 +80,31 @@ def test_what_an_order_leaves_out_is_as_usual() -> None:
         ({"vcpus": 9}, "1 to 8"),
         ({"memory": MIB}, "at least 16 MiB"),
         ({"memory": 33 * MIB}, "multiples of 2 MiB"),
+        ({"memory": 1 << 40}, "at most 0xffc0000000"),
+        ({"huge_page_size": 3 << 20}, "power of two"),
+        ({"huge_page_size": -2}, "power of two"),
         ({"backing": Backing.DEVICE}, "backing device"),
     ],
 )
 def test_a_guest_that_cannot_be_is_refused(wrong: dict[str, object], why: str) -> None:
     with pytest.raises(UsageError, match=why):
         GuestConfig(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"vcpus": "2"}, "'vcpus' in its guestconfig is no int"),
+        ({"vcpus": True}, "'vcpus' in its guestconfig is no int"),
+        ({"memory": 1e9}, "'memory' in its guestconfig is no int"),
+        ({"huge_page_size": "x"}, "'huge_page_size' in its guestconfig is no int"),
+        ({"el2": "no"}, "'el2' in its guestconfig is no bool"),
+        ({"backing": ["thp"]}, "not a valid Backing"),
+        ({"resident": None}, "not a valid Resident"),
+        ({"wings": 2}, "guests here have no 'wings'"),
+        ([], "is no object"),
+    ],
+)
+def test_a_guest_of_other_types_is_refused(wrong: Any, why: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=why):
+        GuestConfig.from_json(wrong)

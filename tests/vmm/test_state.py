@@ -11,12 +11,11 @@ import pytest
 from prefault.abi import arm64
 from prefault.abi.arm64 import COUNTERS
 from prefault.errors import KvmError
-from prefault.kvm.device import Device
 from prefault.kvm.vcpu import Vcpu
 from prefault.vmm import state
 from prefault.vmm.state import Foreign, VcpuState
 
-from .samples import PC, SCTLR, V0, VCPU
+from .samples import PC, SCTLR, V0, VCPU, Attributes
 
 
 class Registers:
@@ -93,6 +92,25 @@ def test_a_value_that_this_cpu_does_not_take_is_named_with_its_own() -> None:
         state.restore_vcpu(made.vcpu, VCPU)
 
 
+def test_what_waits_for_a_vcpu_and_is_not_taken_is_foreign() -> None:
+    class Refusing(Registers):
+        def set_events(self, value: bytes) -> None:
+            raise KvmError("KVM_SET_VCPU_EVENTS", errno.EINVAL)
+
+    with pytest.raises(Foreign, match="does not take what waits for a vCPU"):
+        state.restore_vcpu(Refusing().vcpu, VCPU)
+
+
+def test_other_counters_than_this_kernels_are_named() -> None:
+    made = Registers()
+    state.compare_counters(made.vcpu, dict.fromkeys(COUNTERS, 1))
+    with pytest.raises(Foreign, match="the snapshot knows nothing"):
+        state.compare_counters(made.vcpu, {COUNTERS[0]: 1})
+    del made.values[COUNTERS[1]]
+    with pytest.raises(Foreign, match="lack registers that the guest's had"):
+        state.compare_counters(made.vcpu, dict.fromkeys(COUNTERS, 1))
+
+
 def test_a_register_that_is_as_it_should_be_need_not_be_writable() -> None:
     made = Registers(fixed={PC: VCPU.registers[PC], V0: VCPU.registers[V0]})
     state.restore_vcpu(made.vcpu, VCPU)
@@ -100,32 +118,6 @@ def test_a_register_that_is_as_it_should_be_need_not_be_writable() -> None:
 
 def test_a_vcpus_state_survives_json() -> None:
     assert VcpuState.from_json(VCPU.to_json()) == VCPU
-
-
-class Attributes:
-    """A GIC as far as its state goes: 64 interrupts, and less in the CPU interface than there could be."""
-
-    ABSENT = frozenset({0xC645, 0xC646, 0xC647})  # ICC_AP0R1_EL1 to ICC_AP0R3_EL1
-
-    def __init__(self) -> None:
-        self.values: dict[tuple[int, int], int] = {(1, 4): 1}  # GICD_TYPER: 64 interrupts
-        self.order: list[tuple[int, int]] = []
-
-    def try_get_attribute(self, group: int, attribute: int) -> tuple[int, int]:
-        if group == 6 and attribute & 0xFFFF in self.ABSENT:
-            return 0, errno.ENXIO
-        return self.values.get((group, attribute), 0), 0
-
-    def get_attribute(self, group: int, attribute: int) -> int:
-        return self.try_get_attribute(group, attribute)[0]
-
-    def set_attribute(self, group: int, attribute: int, value: int) -> None:
-        self.order.append((group, attribute))
-        self.values[group, attribute] = value
-
-    @property
-    def gic(self) -> Device:
-        return cast(Device, self)
 
 
 def test_a_gic_becomes_what_another_was() -> None:
@@ -155,6 +147,15 @@ def test_what_is_disabled_by_the_guest_is_disabled_before_the_rest_is_enabled() 
 def test_registers_of_the_cpu_interface_that_a_host_lacks_are_left_out() -> None:
     saved = state.save_gic(Attributes().gic, 1, el2=True)
     assert not {attribute & 0xFFFF for group, attribute, _ in saved if group == 6} & Attributes.ABSENT
+
+
+@pytest.mark.parametrize("vcpus", [1, 8])
+@pytest.mark.parametrize("el2", [False, True])
+def test_whatever_gic_is_saved_is_read_for_such_a_guest_and_no_other(vcpus: int, el2: bool) -> None:
+    found = state.save_gic(Attributes().gic, vcpus, el2=el2)
+    assert list(state.gic_from_json(found, vcpus, el2=el2)) == found
+    with pytest.raises(ValueError, match="not that of its guest"):
+        state.gic_from_json(found, vcpus + 1, el2=el2)
 
 
 def test_a_gic_that_does_not_take_a_value_is_foreign() -> None:

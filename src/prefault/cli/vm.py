@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
@@ -308,17 +309,14 @@ def _changes(options: _RestoreOptions) -> dict[str, object]:
     return changes
 
 
-class _opened:
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[Saved]:
     """A snapshot's state, read on this machine, so that what is wrong with it is told at once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._source = Snapshot(folder)
-
-    def __enter__(self) -> Saved:
-        return Saved.from_snapshot(self._source)
-
-    def __exit__(self, *_: object) -> None:
-        self._source.close()
+    source = Snapshot(folder)
+    try:
+        yield Saved.from_snapshot(source)
+    finally:
+        source.close()
 
 
 @vm.command()

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from prefault.errors import UsageError
+from prefault.faults.foreign import known
 from prefault.kvm.device import GIC_REDISTRIBUTORS
 from prefault.machine import GUEST_MEMORY, Backing, Resident
 
@@ -20,6 +22,8 @@ IRQS = 64
 
 MIB = 1 << 20
 MIN_MEMORY = 16 * MIB
+MAX_MEMORY = (1 << 40) - RAM_BASE
+"""Guests have 40 bits of address."""
 _REDISTRIBUTOR_SIZE = 0x2_0000
 
 assert GIC_REDISTRIBUTORS + MAX_VCPUS * _REDISTRIBUTOR_SIZE <= UART_BASE
@@ -48,6 +52,10 @@ class GuestConfig:
                 f"{self.memory:#x} bytes of memory: a guest has at least {MIN_MEMORY // MIB} MiB, "
                 "in multiples of 2 MiB"
             )
+        if self.memory > MAX_MEMORY:
+            raise UsageError(f"{self.memory:#x} bytes of memory: a guest has at most {MAX_MEMORY:#x}")
+        if not 0 <= self.huge_page_size <= MAX_MEMORY or self.huge_page_size.bit_count() > 1:
+            raise UsageError(f"{self.huge_page_size} bytes: the size of a page is a power of two")
         if self.backing not in GUEST_MEMORY:
             raise UsageError(f"a guest's memory cannot be on backing {self.backing.value}")
 
@@ -59,7 +67,14 @@ class GuestConfig:
     def from_json(cls, raw: Mapping[str, object]) -> GuestConfig:
         """Read what ``to_json`` gave.
 
-        :raises ValueError: a value cannot be
+        :raises TypeError, ValueError: a value cannot be, or it has something that guests here have not
+        :raises UsageError: it has too much or too little of something
         """
-        kinds = {"backing": Backing, "resident": Resident}
-        return cls(**{name: kinds[name](value) if name in kinds else value for name, value in raw.items()})  # type: ignore[arg-type]
+        found: dict[str, Any] = known(cls, raw)
+        unknown = sorted(set(raw) - {one.name for one in fields(cls)})
+        if unknown:  # hardware that it would miss
+            raise ValueError(f"guests here have no {unknown[0]!r}")
+        for name, kind in (("backing", Backing), ("resident", Resident)):
+            if name in found:
+                found[name] = kind(found[name])
+        return cls(**found)

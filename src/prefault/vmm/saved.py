@@ -5,19 +5,23 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from prefault.errors import BadSnapshot
+from prefault.errors import BadSnapshot, UsageError
+from prefault.faults import foreign
+from prefault.faults.foreign import check_page_size
 from prefault.kvm.vm import host_page_size
-from prefault.vmm import snapshot, state
-from prefault.vmm.config import RAM_BASE, GuestConfig
+from prefault.vmm import snapshot, state, uart
+from prefault.vmm.config import MAX_MEMORY, RAM_BASE, GuestConfig
 from prefault.vmm.machine import Machine
 from prefault.vmm.snapshot import Snapshot, Written
 from prefault.vmm.state import Attribute, VcpuState
 
 ARCHITECTURE = "arm64"
+_MOST_PAGE = 1 << 30
+_LONGEST_NAME = 64
+"""Of a kernel: what uname has room for."""
 
 
 @dataclass(frozen=True)
@@ -55,33 +59,47 @@ class Saved:
 
         :param changes: to the guest's configuration: what is behind its memory
         :raises BadSnapshot: it is of another kind of machine, or something is missing
+        :raises UsageError: the changes cannot be
         """
+        with snapshot.foreign_refused(source.folder):
+            made = cls._read(source)
+        return replace(made, guest=_changed(made.guest, changes or {}))
+
+    @classmethod
+    def _read(cls, source: Snapshot) -> Saved:
         raw = source.state
-        try:
-            if raw["architecture"] != ARCHITECTURE or raw["ram_base"] != RAM_BASE:
-                raise BadSnapshot(
-                    source.folder,
-                    f"it is of another kind of machine: {raw['architecture']}",
-                )
-            made = cls(
-                guest=GuestConfig.from_json({**raw["guest"], **(changes or {})}),
-                page_size=int(raw["page_size"]),
-                kernel=str(raw["kernel"]),
-                vcpus=tuple(VcpuState.from_json(one) for one in raw["vcpus"]),
-                gic_identity=_attributes(raw["gic_identity"]),
-                gic=_attributes(raw["gic"]),
-                counters={int(name, 16): int(value) for name, value in raw["counters"].items()},
-                uart=raw["uart"],
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BadSnapshot(source.folder, f"its state is not what it should be ({error!r})") from error
-        if len(made.vcpus) != made.guest.vcpus or made.guest.memory != source.size:
+        architecture = foreign.line(raw["architecture"], _LONGEST_NAME)
+        ram_base = foreign.whole(raw["ram_base"], MAX_MEMORY)
+        if architecture != ARCHITECTURE or ram_base != RAM_BASE:
+            raise BadSnapshot(source.folder, f"it is of another kind of machine: {architecture}")
+        check_page_size(page_size := foreign.whole(raw["page_size"], _MOST_PAGE))
+        guest = GuestConfig.from_json(raw["guest"])
+        if set(raw["guest"]) != set(guest.to_json()):  # an order may leave something out
+            raise ValueError("it does not say all of its guest's hardware")
+        vcpus = tuple(VcpuState.from_json(one) for one in raw["vcpus"])
+        if len(vcpus) != guest.vcpus or guest.memory != source.size:
             raise BadSnapshot(source.folder, "its vCPUs and its memory are not those of its guest")
-        return made
+        return cls(
+            guest=guest,
+            page_size=page_size,
+            kernel=foreign.line(raw["kernel"], _LONGEST_NAME),
+            vcpus=vcpus,
+            gic_identity=state.gic_identity_from_json(raw["gic_identity"]),
+            gic=state.gic_from_json(raw["gic"], guest.vcpus, el2=guest.el2),
+            counters=state.counters_from_json(raw["counters"]),
+            uart=uart.checked(raw["uart"]),
+        )
 
 
-def _attributes(raw: Any) -> tuple[Attribute, ...]:
-    return tuple((int(group), int(attribute), int(value)) for group, attribute, value in raw)
+def _changed(guest: GuestConfig, changes: Mapping[str, object]) -> GuestConfig:
+    """A guest with something else behind its memory.
+
+    :raises UsageError: that cannot be
+    """
+    try:
+        return GuestConfig.from_json({**guest.to_json(), **changes})
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the guest cannot be changed so: {error}") from error
 
 
 def save(machine: Machine, folder: Path, counters: Mapping[int, int]) -> Written:
@@ -126,9 +144,8 @@ def restore(machine: Machine, source: Snapshot, whole: Saved) -> None:
         machine.vm.initialise_gic()
         for vcpu, saved in zip(machine.vcpus, whole.vcpus, strict=True):
             state.restore_vcpu(vcpu, saved)
+        state.compare_counters(machine.vcpus[0], whole.counters)
         state.restore_gic(machine.vm.gic, whole.gic)
         machine.uart.restore(whole.uart)
     except state.Foreign as error:
         raise BadSnapshot(source.folder, f"{error} (it was made on Linux {whole.kernel})") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadSnapshot(source.folder, f"its console is not what it should be ({error!r})") from error

@@ -11,6 +11,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
+
+from prefault.faults.foreign import bytes_of, hexadecimal, items, whole
 
 DR, RSR, FR, ILPR, IBRD, FBRD, LCR_H, CR = 0x00, 0x04, 0x18, 0x20, 0x24, 0x28, 0x2C, 0x30
 IFLS, IMSC, RIS, MIS, ICR, DMACR = 0x34, 0x38, 0x3C, 0x40, 0x44, 0x48
@@ -25,7 +28,27 @@ _FIFO = 32
 
 _PLAIN = {ILPR: 0xFF, IBRD: 0xFFFF, FBRD: 0x3F, LCR_H: 0xFF, CR: 0xFFFF, IFLS: 0x3F, DMACR: 0x7}
 """Registers that keep what is written to them, with the bits that they have."""
+_LAST = 0xFFF
 _RESET = {CR: 0x300, IFLS: 0x12}
+
+
+def checked(saved: Any) -> dict[str, object]:
+    """What ``Pl011.save`` gave.
+
+    :raises ValueError, TypeError, LookupError: it did not give this
+    """
+    registers = {hexadecimal(name, _LAST): value for name, value in items(saved["registers"])}
+    if set(registers) != set(_PLAIN):
+        raise ValueError("its console has not the registers of a PL011")
+    for offset, value in registers.items():
+        if whole(value, _PLAIN[offset]) & ~_PLAIN[offset]:
+            raise ValueError(f"its console has {value:#x} in the register at {offset:#x}")
+    for name in ("mask", "raised"):
+        whole(saved[name], _INTERRUPTS)
+    if type(saved["line"]) is not bool:
+        raise ValueError("the line of its console is neither high nor low")
+    bytes_of(saved["received"])
+    return dict(saved)
 
 
 class Pl011:
@@ -110,18 +133,10 @@ class Pl011:
     def restore(self, saved: Mapping[str, object]) -> None:
         """Be as it was saved.
 
-        :raises ValueError: this is not what ``save`` gave
+        :raises ValueError, TypeError, LookupError: this is not what ``save`` gave
         """
-        registers, received = saved["registers"], saved["received"]
-        mask, raised = saved["mask"], saved["raised"]
-        if not (isinstance(registers, dict) and isinstance(received, str)):
-            raise ValueError("registers and received bytes are of the wrong kind")
-        if not (isinstance(mask, int) and isinstance(raised, int)):
-            raise ValueError("interrupts are of the wrong kind")
-        found = {int(offset, 16): int(value) for offset, value in registers.items()}
-        if set(found) != set(_PLAIN):
-            raise ValueError("not the registers of a PL011")
+        found: dict[str, Any] = checked(saved)
         with self._lock:
-            self._registers = found
-            self._received = deque(bytes.fromhex(received))
-            self._mask, self._raised, self._line = mask, raised, bool(saved["line"])
+            self._registers = {int(offset, 16): value for offset, value in found["registers"].items()}
+            self._received = deque(bytes_of(found["received"]))
+            self._mask, self._raised, self._line = found["mask"], found["raised"], found["line"]
