@@ -11,8 +11,10 @@ from typing import cast
 
 import pytest
 
+from prefault.errors import PrefaultError
 from prefault.kvm.vcpu import Bus, Vcpu
 from prefault.machine import Exit, Interrupted, OtherExit
+from prefault.vmm import runner
 from prefault.vmm.runner import KICK, Runner
 
 
@@ -23,12 +25,13 @@ class Idle:
         self.kicked = False
         self.runs = 0
         self.running = False
+        self.deaf = False
         self.end: Exit | Exception | None = None
 
     def run_with(self, bus: object) -> Exit:
-        self.running = True
+        self.running = not self.kicked
         self.runs += 1
-        while not self.kicked and self.end is None:
+        while (self.deaf or not self.kicked) and self.end is None:
             time.sleep(0.001)
         self.running = False
         if isinstance(self.end, Exception):
@@ -88,6 +91,19 @@ def test_a_pause_outlasts_the_next_one_at_once(four: Fixture) -> None:
         four.runner.pause()
         assert not any(vcpu.running for vcpu in four.vcpus)
         four.runner.resume()
+
+
+def test_a_pause_that_was_given_up_leaves_no_vcpu_out_of_the_guest(
+    four: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "STOP_SECONDS", 0.1)
+    assert soon(lambda: all(vcpu.running for vcpu in four.vcpus))
+    four.vcpus[1].deaf = True
+    with pytest.raises(PrefaultError, match="did not leave the guest"):
+        four.runner.pause()
+    four.runner.resume()
+    four.vcpus[1].deaf = False
+    assert soon(lambda: all(vcpu.running and not vcpu.kicked for vcpu in four.vcpus))
 
 
 def test_stopping_ends_all_threads_also_in_a_pause(four: Fixture) -> None:

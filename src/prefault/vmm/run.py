@@ -20,7 +20,7 @@ from typing import Any
 from prefault.abi import constants
 from prefault.errors import KvmError, MemoryFaultExit, PrefaultError
 from prefault.machine import Exit, Failed, MemoryFault, OtherExit
-from prefault.vmm import saved, state
+from prefault.vmm import saved, snapshot, state
 from prefault.vmm.machine import Machine
 from prefault.vmm.order import Outcome, Watch, Why
 from prefault.vmm.pager import Pager
@@ -200,25 +200,42 @@ class Session:
             return None
         self._machine.console.flush()
         began = time.monotonic()
-        self._runner.pause()
-        counters = state.save_counters(self._machine.vcpus[0])
         facts: dict[str, Any] = {"folder": folder}
+        counters: dict[int, int] = {}
         try:
-            if self.pager:
-                self.pager.finish()
-            written = saved.save(self._machine, Path(folder), counters)
-            facts |= {"memory": written.memory, "stored": written.stored}
-            self._remark(f"snapshot written: {written.stored >> 20} of {written.memory >> 20} MiB stored")
+            snapshot.refuse_existing(Path(folder))  # for which nobody need be stopped
+            self._runner.pause()
+            counters = state.save_counters(self._machine.vcpus[0])
+            facts |= self._written(Path(folder), counters)
         except PrefaultError as error:
             facts["error"] = str(error)
             self._remark(f"{error}; the guest goes on")
         facts["seconds"] = round(time.monotonic() - began, 6)
-        self.outcome.snapshot = facts
+        if "error" not in facts or not self._has_snapshot():  # one that is whole stays what was asked for
+            self.outcome.snapshot = facts
         if self._watch.stop_after_snapshot and "error" not in facts:
             return Why.STOPPED
-        state.restore_counters(self._machine.vcpus[0], counters)
-        self._runner.resume()
+        self._go_on(counters)
         return None
+
+    def _has_snapshot(self) -> bool:
+        taken = self.outcome.snapshot
+        return taken is not None and "error" not in taken
+
+    def _written(self, folder: Path, counters: dict[int, int]) -> dict[str, object]:
+        if self.pager:
+            self.pager.finish()
+        written = saved.save(self._machine, folder, counters)
+        self._remark(f"snapshot written: {written.stored >> 20} of {written.memory >> 20} MiB stored")
+        return {"memory": written.memory, "stored": written.stored}
+
+    def _go_on(self, counters: dict[int, int]) -> None:
+        """Resume, also if nothing was stopped."""
+        try:
+            state.restore_counters(self._machine.vcpus[0], counters)
+        except PrefaultError as error:
+            self._remark(f"{error}; the guest sees how long it was stopped")
+        self._runner.resume()
 
 
 @contextlib.contextmanager

@@ -118,9 +118,8 @@ class Runner:
 
     def _may_run(self, vcpu: Vcpu) -> bool:
         """Wait while there is a pause; whether to go on."""
-        if self._demanded() is _Wanted.RUN:
-            return True
         with self._condition:
+            # Also if it is RUN by now: who came too late for a pause that was given up has been kicked.
             if self._demanded() is _Wanted.PAUSE:
                 self._resting += 1
                 self._condition.notify_all()
