@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from prefault.abi import ioctls
 from prefault.abi.constants import EHWPOISON
-from prefault.errors import CapabilityMissing, PrefaultError, ProcessLost, UsageError
-from prefault.inject import vcpus
-from prefault.inject.apply import Found, Process, apply, stop_signals
-from prefault.inject.tracee import Answer, Call
+from prefault.errors import CapabilityMissing, NotTraceable, PrefaultError, ProcessLost, UsageError
+from prefault.inject import apply as module
+from prefault.inject import refusal, vcpus
+from prefault.inject.apply import Applied, Found, Process, apply, stop_signals
+from prefault.inject.tracee import Answer, Busy, Call
 from prefault.inject.vcpus import Descriptors, VcpuThread
 from prefault.machine import PreFaultProgress
 
@@ -124,6 +125,52 @@ def test_a_vcpu_that_ends_leaves_its_turns_to_the_others() -> None:
         apply([(BASE, PAGE)], [Lost()])
 
 
+class Stuck:
+    """A vCPU whose thread does not stop, for a while."""
+
+    def __init__(self, times: int = 1 << 62) -> None:
+        self.times = times
+        self.one = Fake()
+
+    def pre_fault_memory_once(self, gpa: int, size: int) -> PreFaultProgress:
+        self.times -= 1
+        if self.times >= 0:
+            raise Busy("thread 7 has not stopped")
+        return self.one.pre_fault_memory_once(gpa, size)
+
+
+def test_a_vcpu_that_does_not_stop_skips_its_turn() -> None:
+    stuck, one = Stuck(3), Fake()
+    done = apply([(BASE, 10 * 64 * PAGE)], [stuck, one])
+    assert done.bytes == done.size
+    assert [it.calls for it in done.vcpus] == [4, 6]
+
+
+def test_vcpus_of_which_none_stops_are_given_time() -> None:
+    assert apply([(BASE, PAGE)], [Stuck(3), Stuck(5)]).bytes == PAGE
+
+
+def test_vcpus_of_which_none_ever_stops_end_it_and_what_was_done_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0.1)
+    one = Stuck(0)
+
+    def then_it_is_stuck(_: int) -> None:
+        one.times = 1 << 62
+
+    with pytest.raises(Busy, match="thread 7") as told:
+        apply([(BASE, 65 * PAGE)], [one, Stuck()], on_bytes=then_it_is_stuck)
+    assert (vars(told.value)["bytes"], vars(told.value)["size"]) == (64 * PAGE, 65 * PAGE)
+    assert told.value.__notes__ == [f"{64 * PAGE:,} of {65 * PAGE:,} bytes were pre-faulted until then"]
+
+
+def test_nobody_who_wants_it_ended_waits_for_vcpus_that_do_not_stop() -> None:
+    stuck = Stuck(1 << 62)
+    done = apply([(BASE, PAGE)], [stuck], wanted=lambda: stuck.times < 1 << 62)
+    assert (done.ended, done.bytes) == ("interrupted", 0)
+
+
 def test_who_wants_it_ended_has_what_was_done() -> None:
     one = Fake()
     done = apply([(BASE, 640 * PAGE)], [one], wanted=lambda: len(one.calls) == 3)
@@ -151,16 +198,26 @@ def test_progress_that_cannot_be_is_an_error(answer: Callable[[int, int], PreFau
 class Slow(Process):
     """A VMM on a machine where a stop takes longer than a slice, whatever is done in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, extension: int = 1, unable: dict[int, int] | None = None) -> None:
         self.pid = 1
         self.sizes: list[int] = []
+        self.extension = extension
+        self.unable = unable or {}
+        """How often each thread still says EOPNOTSUPP."""
 
     def call(self, tid: int, call: Call, **_: object) -> Answer:
         if call.arguments[1] == ioctls.KVM_CHECK_EXTENSION:
-            return Answer(1, b"", 0, 0)
+            return Answer(self.extension, b"", 0, 0)
         gpa, size, flags = struct.unpack("<QQQ40x", call.memory)
+        if self.unable.get(tid):
+            self.unable[tid] -= 1
+            return Answer(-errno.EOPNOTSUPP, call.memory, 0, 0)
         self.sizes.append(size)
         return Answer(0, struct.pack("<QQQ40x", gpa + size, 0, flags), 0.004, 0.0039)
+
+    def plan_of(self, found: Found, size: int) -> Applied:
+        """Apply a plan of one range."""
+        return self.apply(found, [(BASE, size)], slice_s=0.001)
 
 
 def test_slow_stops_do_not_make_calls_ever_smaller() -> None:
@@ -169,6 +226,72 @@ def test_slow_stops_do_not_make_calls_ever_smaller() -> None:
     done = process.apply(found, [(BASE, 16 << 20)], slice_s=0.001)
     assert done.bytes == 16 << 20
     assert min(process.sizes) >= 1 << 20
+
+
+TWO = Found(1, 3, (VcpuThread(0, 4, 1, certain=True), VcpuThread(1, 5, 2, certain=True)))
+
+
+def test_a_vcpu_in_a_nested_guest_leaves_its_share_to_the_others_until_it_can() -> None:
+    done = Slow(unable={1: 3}).plan_of(TWO, 16 << 20)
+    assert done.bytes == done.size
+    assert done.failed == []
+    assert min(one.bytes for one in done.vcpus) > 0
+
+
+def test_vcpus_that_are_always_unable_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module._NAPS_S, errno.EOPNOTSUPP, 0)
+    process = Slow(unable={1: 1 << 62, 2: 1 << 62})
+    with pytest.raises(CapabilityMissing, match=errno.errorcode[errno.EOPNOTSUPP]) as told:
+        process.plan_of(TWO, 16 << 20)
+    assert vars(told.value)["bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [(0, "does not report"), (-errno.EPERM, "KVM_CHECK_EXTENSION failed with EPERM")]
+)
+def test_why_a_vm_cannot_be_pre_faulted_is_told(answer: int, said: str) -> None:
+    with pytest.raises(CapabilityMissing, match=said):
+        Slow(answer).plan_of(TWO, PAGE)
+
+
+def test_a_vcpu_that_does_not_stop_need_not_be_asked_for_the_capability() -> None:
+    class Half(Slow):
+        def call(self, tid: int, call: Call, **_: object) -> Answer:
+            if tid == 1:
+                raise Busy("thread 1 has not stopped")
+            return super().call(tid, call)
+
+    done = Half().plan_of(TWO, 1 << 20)
+    assert [it.bytes for it in done.vcpus] == [0, 1 << 20]
+
+
+def test_a_signal_while_no_vcpu_stops_is_told() -> None:
+    class Never(Slow):
+        def call(self, tid: int, call: Call, **_: object) -> Answer:
+            signal.raise_signal(signal.SIGINT)
+            raise Busy("thread 1 has not stopped")
+
+    done = Never().plan_of(TWO, 1 << 20)
+    assert (done.ended, done.signal, done.bytes, done.size) == ("interrupted", signal.SIGINT, 0, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.EPERM, "does not let thread 7"), (errno.EINVAL, "CHECKPOINT_RESTORE")]
+)
+def test_a_thread_that_may_not_be_asked_is_a_reason_not_a_crash(
+    number: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing:
+        def running(self, _: object) -> int:
+            raise OSError(number, "no")
+
+    process = Slow()
+    process._suspend_seccomp = True
+    monkeypatch.setattr(process, "_tracee", lambda _: Refusing())
+    monkeypatch.setattr(vcpus, "runs", lambda *_: True)
+    monkeypatch.setattr(refusal, "check", lambda *_, **__: None)
+    with pytest.raises(NotTraceable, match=said):
+        process._ask(7, lambda: False)
 
 
 def test_a_plan_without_vcpus_is_wrong_usage() -> None:

@@ -87,6 +87,51 @@ def test_a_seccomp_filter_is_refused_unless_it_may_be_suspended() -> None:
                 refusal.check(child.pid, allow_seccomp=True)
 
 
+def test_who_has_a_filter_may_not_suspend_anothers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As everything in a container."""
+    me = tmp_path / str(os.getpid())
+    me.mkdir()
+    monkeypatch.setattr(refusal, "PROC", tmp_path)
+    for capabilities, mode, said in ((0, 0, "CAP_SYS_ADMIN"), (1 << 21, 2, "prefault itself has a seccomp")):
+        (me / "status").write_text(f"CapEff:\t{capabilities:016x}\nSeccomp:\t{mode}\n")
+        with pytest.raises(NotTraceable, match=said):
+            refusal.check_suspending()
+    (me / "status").write_text(f"CapEff:\t{1 << 21:016x}\nSeccomp:\t0\n")
+    refusal.check_suspending()
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("cgroup.freeze", "1\n"), ("cgroup.events", "populated 1\nfrozen 1\n")]
+)
+def test_a_frozen_process(file: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "7/task/8").mkdir(parents=True)
+    (tmp_path / "7/task/8/cgroup").write_text("2:cpu:/\n0::/vms/one\n")
+    (tmp_path / "vms/one").mkdir(parents=True)
+    monkeypatch.setattr(refusal, "PROC", tmp_path)
+    monkeypatch.setattr(refusal, "CGROUPS", (tmp_path / "none", tmp_path))
+    refusal.check_frozen(7, 8)
+    (tmp_path / "vms/one" / file).write_text(text.replace("1\n", "0\n"))
+    refusal.check_frozen(7, 8)
+    (tmp_path / "vms/one" / file).write_text(text)
+    with pytest.raises(UsageError, match=r"is frozen .cgroup /vms/one."):
+        refusal.check_frozen(7, 8)
+
+
+@pytest.mark.usefixtures("any_process_is_a_vmm")
+def test_a_process_whose_main_thread_has_ended() -> None:
+    code = (
+        "import threading; t = threading.Thread(target=sys.stdin.read); t.start(); ready()\n"
+        "ctypes.CDLL(None).pthread_exit(None)"
+    )
+    with python(code) as child:
+        end = time.monotonic() + 10
+        while not refusal.status(child.pid)["State"].startswith("Z"):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        with pytest.raises(UsageError, match=r"main thread of process .* has ended, and 1 more go on"):
+            refusal.check(child.pid, allow_seccomp=False)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_process_of_another_user() -> None:
     code = (

@@ -18,7 +18,8 @@ import pytest
 
 from prefault.errors import ProcessLost
 from prefault.inject import ptrace
-from prefault.inject.tracee import Call, mappings
+from prefault.inject import tracee as module
+from prefault.inject.tracee import Busy, Call, Tracee, let_go_of_late, mappings
 from tests.inject import children
 from tests.inject.children import GETPID, GETTIME, NANOSLEEP, pipe, python, tracee, wait_for_call
 
@@ -313,6 +314,122 @@ def test_stop_and_go_on_in_the_middle_of_a_call() -> None:
         disturbing.join()
         child.send_signal(signal.SIGUSR1)
         assert json.loads(pipe(child.stdout).readline()) == [1, [0]]
+
+
+SPAWN = """
+ready()
+os.posix_spawn('/bin/true', ['true'], {{}},
+               file_actions=[(os.POSIX_SPAWN_OPEN, 0, {fifo!r}, os.O_RDONLY, 0)])
+print('went on', flush=True)
+sys.stdin.read()
+"""
+"""It waits uninterruptibly, as after vfork(2), until somebody opens the FIFO for writing."""
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    return path
+
+
+def test_a_thread_that_does_not_stop_is_given_up_and_let_go_once_it_has(
+    fifo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0.5)
+    with python(SPAWN.format(fifo=str(fifo))) as child, tracee(child.pid) as one:
+        _until_state(child.pid, "D")
+        began = time.monotonic()
+        for _ in range(20):  # of which only the first waits, and only once
+            with pytest.raises(Busy, match=f"thread {child.pid} has"):
+                one.call(Call(GETPID, ()))
+        assert 0.5 <= time.monotonic() - began < 0.9
+        os.close(os.open(fifo, os.O_WRONLY))
+        _until_state(child.pid, "t")
+        let_go_of_late()
+        assert pipe(child.stdout).readline() == "went on\n"
+        assert _tracer(child.pid) == 0
+        assert one.call(Call(GETPID, ())).result == child.pid
+
+
+def test_who_wants_it_ended_does_not_wait_for_a_thread_that_does_not_stop(
+    fifo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GRACE_S", 0.2)
+    with python(SPAWN.format(fifo=str(fifo))) as child, tracee(child.pid) as one:
+        _until_state(child.pid, "D")
+        began = time.monotonic()
+        with pytest.raises(Busy):
+            one.running(lambda: time.monotonic() > began + 0.1)
+        assert time.monotonic() - began < module.PATIENCE_S / 2
+        os.close(os.open(fifo, os.O_WRONLY))
+        _until_state(child.pid, "t")
+        let_go_of_late()
+
+
+def _tracer(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("TracerPid")))
+
+
+class Frozen:
+    """Stops of a thread in its call are not seen any more, as if it were frozen, after some of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stops: int) -> None:
+        self.left = stops
+        self.until = float("inf")
+        poll = module._Stop.poll
+
+        def seen(stop: module._Stop) -> int | None:
+            if not stop.changed or time.monotonic() > self.until:
+                return poll(stop)
+            if not self.left:
+                return None
+            status = poll(stop)
+            self.left -= status is not None
+            return status
+
+        monkeypatch.setattr(module._Stop, "poll", seen)
+
+
+@pytest.mark.skipif(children.compiler() is None, reason="no C compiler: apt install gcc")
+@pytest.mark.parametrize("stops", [0, 1, 2], ids=["before the call", "in it", "after it"])
+def test_who_wants_it_ended_leaves_a_frozen_thread_to_its_net(
+    stops: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with children.running(str(children.registers_program(tmp_path))) as child:
+        with tracee(child.pid) as one:
+            for _ in range(5):
+                with monkeypatch.context() as patch:
+                    patch.setattr(module, "GRACE_S", 0.05)
+                    Frozen(patch, stops)
+                    began = time.monotonic()
+                    with pytest.raises(Busy, match="goes on by itself"):
+                        one.call(
+                            Call(GETTIME, (1, 0), bytes(16), pointer=1),
+                            wanted=lambda: module._late.stops == [],
+                        )
+                    assert time.monotonic() - began < module.PATIENCE_S / 2
+                _until_state(child.pid, "t")
+                let_go_of_late()
+                assert _tracer(child.pid) == 0
+                time.sleep(0.01)
+            assert one.call(Call(GETTIME, (1, 0), bytes(16), pointer=1)).result == 0
+        child.terminate()
+        good, bad, _ = map(int, pipe(child.stdout).readline().split())
+        assert bad == 0
+        assert good > 10
+
+
+def test_a_frozen_thread_without_a_net_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else would put it back."""
+    monkeypatch.setattr(module, "GRACE_S", 0.05)
+    with python("ready(); sys.stdin.read()") as child, tracee(child.pid) as one:
+        bare = Tracee(one.memory, child.pid, one.instruction)
+        frozen = Frozen(monkeypatch, 1)
+        frozen.until = time.monotonic() + 0.5
+        assert bare.call(Call(GETPID, ()), wanted=lambda: True).result == child.pid
+        assert time.monotonic() > frozen.until
 
 
 def _until_state(pid: int, state: str) -> None:

@@ -30,7 +30,8 @@ def thread(proc: Path, tid: int, syscall: str, *, name: str = "vmm", flags: int 
     folder.mkdir(parents=True)
     (folder / "comm").write_text(f"{name}\n")
     (folder / "syscall").write_text(f"{syscall}\n")
-    (folder / "stat").write_text(f"{tid} ({name} (x)) S 1 {PID} {PID} 0 -1 {flags} 1 0 0 0\n")
+    state = "R" if syscall == "running" else "S"
+    (folder / "stat").write_text(f"{tid} ({name} (x)) {state} 1 {PID} {PID} 0 -1 {flags} 1 0 0 0\n")
 
 
 def in_run(fd: int) -> str:
@@ -50,10 +51,11 @@ def test_names_that_are_no_text_are_read(proc: Path) -> None:
     for name in ("comm", "stat"):
         file = proc / str(PID) / "task/11" / name
         file.write_bytes(file.read_bytes().replace(b"vmm", b"\xff\x85 vcpu0"))
-    assert vcpus.find(PID, Descriptors(3, {0: 5}), None) == [VcpuThread(0, 5, 11, certain=False)]
+    thread(proc, 12, "0 0x0 0x0", name="vcpu0")
+    assert vcpus.find(PID, Descriptors(3, {0: 5}), None) == [VcpuThread(0, 5, 12, certain=False)]
     threads = capture._Threads(PID)
     threads.look(0)
-    assert threads.seen == {11: (PID, "\ufffd\ufffd vcpu0")}
+    assert threads.seen == {11: (PID, "\ufffd\ufffd vcpu0"), 12: (PID, "vcpu0")}
 
 
 def test_a_thread_of_the_kernels_own_is_no_vcpus(proc: Path) -> None:
@@ -80,13 +82,43 @@ def test_names_count_where_nothing_runs_and_each_is_of_one_thread(proc: Path) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["CPU 3/KVM", "fc_vcpu 3", "vcpu3", "crosvm_vcpu3", "kvm-vcpu-3"], ids=lambda one: one
+    "name",
+    ["CPU 3/KVM", "fc_vcpu 3", "vcpu3", "crosvm_vcpu3", "kvm-vcpu-3", "vcpu-3", "vcpu 3"],
+    ids=lambda one: one,
 )
 def test_thread_names_of_vmms_are_known(proc: Path, name: str) -> None:
     """QEMU's, Firecracker's, Cloud Hypervisor's, crosvm's and kvmtool's."""
     thread(proc, 11, "202 0x0 0x0", name=name)
     found = vcpus.find(PID, Descriptors(3, {3: 8, 13: 9}), None)
     assert found == [VcpuThread(3, 8, 11, certain=False)]
+
+
+@pytest.mark.parametrize("name", ["vhost-cpu3", "CPU 3/TCG", "CPU 3", "my vcpu3", "vcpu3x"])
+def test_names_that_only_look_like_a_vcpus_do_not_count(proc: Path, name: str) -> None:
+    thread(proc, 11, "202 0x0 0x0", name=name)
+    assert vcpus.find(PID, Descriptors(3, {3: 8}), None) == []
+
+
+def test_nobody_who_wants_it_ended_waits_for_the_search(proc: Path) -> None:
+    thread(proc, 11, "running")
+    thread(proc, 12, "running")
+    asked: list[int] = []
+
+    def ask(tid: int) -> int:
+        asked.append(tid)
+        return -1
+
+    assert vcpus.find(PID, Descriptors(3, {0: 5}), ask, lambda: bool(asked)) == []
+    assert asked == [11]
+
+
+def test_the_search_ends_though_something_is_always_at_work(
+    proc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = itertools.count(11)
+    monkeypatch.setattr(vcpus, "SEARCH_S", 0.1)
+    monkeypatch.setattr(vcpus, "_busy", lambda *_: [next(new)])
+    assert vcpus.find(PID, Descriptors(3, {0: 5}), lambda _: -1) == []
 
 
 def test_a_thread_that_seldom_works_is_found(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,4 +136,4 @@ def test_a_thread_that_runs_no_vcpu_is_not_stopped_for_ever(proc: Path) -> None:
         return -1
 
     assert vcpus.find(PID, Descriptors(3, {0: 5}), ask) == []
-    assert len(asked) == 20
+    assert len(asked) == 3  # each time may interrupt a wait

@@ -32,7 +32,17 @@ from prefault.errors import (
     errno_name,
 )
 from prefault.inject import cpu, refusal, vcpus
-from prefault.inject.tracee import Answer, Busy, Call, Memory, Tracee, find_end, find_instruction
+from prefault.inject.tracee import (
+    PATIENCE_S,
+    Answer,
+    Busy,
+    Call,
+    Memory,
+    Tracee,
+    find_end,
+    find_instruction,
+    let_go_of_late,
+)
 from prefault.kvm.prefault import HINTS
 from prefault.machine import PreFaultProgress
 
@@ -50,9 +60,11 @@ _BLOCK = 2 << 20
 _SMALLEST = mmap.PAGESIZE
 _TRIES = 50
 _TRY_AGAIN_S = 0.001
+_BUSY_NAP_S = 0.02
+"""Between looks at vCPUs of which none can be stopped, or none can pre-fault at the moment."""
 
 _HOPELESS = {
-    errno.EOPNOTSUPP: HINTS[errno.EOPNOTSUPP],
+    errno.EOPNOTSUPP: f"{HINTS[errno.EOPNOTSUPP]} (on x86, so says a vCPU in a nested guest, too)",
     errno.ENOTTY: HINTS[errno.ENOTTY],
     errno.EINVAL: "the plan's ranges do not fit this host's page size",
     errno.ENOEXEC: HINTS[errno.ENOEXEC],
@@ -60,6 +72,9 @@ _HOPELESS = {
     errno.EBADF: "the VMM has closed its vCPU",
 }
 """What no other range will answer differently."""
+
+_NAPS_S = {errno.EINTR: 0.0, errno.EAGAIN: _TRY_AGAIN_S, errno.EOPNOTSUPP: _BUSY_NAP_S}
+"""How long what may pass is left to pass."""
 
 Range = tuple[int, int]
 """(ipa, size)"""
@@ -170,7 +185,7 @@ def apply(
     if not vcpus:
         raise UsageError("a plan needs a vCPU to be applied by")
     ports = {index: _Own(vcpu) for index, vcpu in enumerate(vcpus)}
-    return _Loop(ports, slice_s, on_bytes, wanted, rests=False).run(list(ranges))
+    return _Loop(ports, slice_s, on_bytes, wanted, foreign=False).run(list(ranges))
 
 
 class _Own:
@@ -186,6 +201,9 @@ class _Own:
 
 class Process:
     """A VMM that knows nothing of this. Close it. Nothing is traced between calls.
+
+    But for a thread that could not be stopped: it is let go once it stops, before the next call or at the
+    close. One that has not stopped by then, the kernel lets go when the thread ends that called this.
 
     Who has started the VMM must not wait for it in another thread meanwhile: waitpid() takes the stops of a
     traced child, too, and ``Popen.poll()`` and ``Popen.send_signal()`` call it.
@@ -220,7 +238,8 @@ class Process:
         :raises UsageError: no thread is known to run a vCPU
         """
         with stop_signals() as ended:
-            threads = tuple(vcpus.find(self.pid, self._known, self._ask if stop else None))
+            ask = (lambda tid: self._ask(tid, ended.is_set)) if stop else None
+            threads = tuple(vcpus.find(self.pid, self._known, ask, ended.is_set))
         if ended.is_set():
             signal.raise_signal(ended.number)  # for whom it would have reached otherwise
         unknown = tuple(sorted(set(self._known.vcpus) - {one.index for one in threads}))
@@ -232,11 +251,22 @@ class Process:
             )
         return Found(self.pid, self._known.vm, threads, unknown)
 
-    def check_extension(self, found: Found, capability: int) -> int:
-        """KVM_CHECK_EXTENSION on its VM, by one of its vCPUs' threads."""
+    def check_extension(
+        self, found: Found, capability: int, wanted: Callable[[], bool] = lambda: False
+    ) -> int:
+        """KVM_CHECK_EXTENSION on its VM, by the first of its vCPUs' threads that can.
+
+        :raises Busy: none can
+        """
         call = Call(cpu.host().ioctl, (found.vm_fd, ioctls.KVM_CHECK_EXTENSION, capability))
-        thread = found.threads[0]
-        return self.call(thread.tid, call, kvm_run_fd=thread.run_fd).result
+        for thread in found.threads:
+            try:
+                return self.call(thread.tid, call, kvm_run_fd=thread.run_fd, wanted=wanted).result
+            except (Busy, ProcessLost) as error:
+                last: PrefaultError = error
+                if wanted():
+                    break
+        raise last
 
     def apply(
         self,
@@ -251,20 +281,37 @@ class Process:
         :raises CapabilityMissing: its VM cannot be pre-faulted
         :raises ProcessLost: it ended
         """
+        plan = list(ranges)
         with stop_signals() as stop:
-            if self.check_extension(found, constants.KVM_CAP_PRE_FAULT_MEMORY) <= 0:
-                raise CapabilityMissing(
-                    f"the VM of process {self.pid} does not report KVM_CAP_PRE_FAULT_MEMORY (236): the "
-                    "kernel lacks it, or the VM is protected"
-                )
-            ports = {one.index: _Foreign(self, one, slice_s, stop.is_set) for one in found.threads}
-            loop = _Loop(ports, slice_s, on_bytes, stop.is_set, rests=True)
             try:
-                done = loop.run(list(ranges))
+                self._check_capability(found, stop.is_set)
+                ports = {one.index: _Foreign(self, one, slice_s, stop.is_set) for one in found.threads}
+                done = _Loop(ports, slice_s, on_bytes, stop.is_set, foreign=True).run(plan)
             except ProcessLost as error:
                 raise ProcessLost(f"the VMM, process {self.pid}, runs no vCPU any more: {error}") from error
+            except Busy:
+                if not stop.is_set():
+                    raise
+                done = Applied(sum(size for _, size in plan), ended="interrupted")
             done.signal = stop.number if done.ended == "interrupted" else 0
             return done
+
+    def _check_capability(self, found: Found, wanted: Callable[[], bool]) -> None:
+        """Whether its VM can be pre-faulted.
+
+        :raises CapabilityMissing: it cannot, or does not say
+        """
+        result = self.check_extension(found, constants.KVM_CAP_PRE_FAULT_MEMORY, wanted)
+        if result < 0:
+            raise CapabilityMissing(
+                f"the VM of process {self.pid} does not say whether it has KVM_CAP_PRE_FAULT_MEMORY (236): "
+                f"KVM_CHECK_EXTENSION failed with {errno_name(-result)}"
+            )
+        if result == 0:
+            raise CapabilityMissing(
+                f"the VM of process {self.pid} does not report KVM_CAP_PRE_FAULT_MEMORY (236): the "
+                "kernel lacks it, or the VM is protected"
+            )
 
     def call(
         self,
@@ -281,26 +328,38 @@ class Process:
         :raises ProcessLost: the thread ended
         :raises NotTraceable: it may not be traced
         """
-        try:
+        with self._tracing(tid):
             return self._tracee(tid).call(call, kvm_run_fd=kvm_run_fd, limit_s=limit_s, wanted=wanted)
-        except PermissionError as error:
+
+    @contextlib.contextmanager
+    def _tracing(self, tid: int) -> Iterator[None]:
+        """A block that traces a thread; says why it may not."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EACCES, errno.EINVAL):
+                raise
             refusal.check(self.pid, allow_seccomp=self._suspend_seccomp)
-            raise NotTraceable(
-                f"the kernel does not let thread {tid} of process {self.pid} be traced"
-            ) from error
+            reason = f"the kernel does not let thread {tid} of process {self.pid} be traced"
+            if error.errno == errno.EINVAL and self._suspend_seccomp:
+                reason = "this kernel cannot suspend seccomp filters (it lacks CONFIG_CHECKPOINT_RESTORE)"
+            raise NotTraceable(reason) from error
 
     def _tracee(self, tid: int) -> Tracee:
         return Tracee(
             self._memory, tid, self._instruction, end=self._end, suspend_seccomp=self._suspend_seccomp
         )
 
-    def _ask(self, tid: int) -> int:
-        with contextlib.suppress(ProcessLost, Busy):
-            return self._tracee(tid).running()
+    def _ask(self, tid: int, wanted: Callable[[], bool]) -> int:
+        if not vcpus.runs(self.pid, tid):  # it has gone to wait since it was seen
+            return -1
+        with contextlib.suppress(ProcessLost, Busy), self._tracing(tid):
+            return self._tracee(tid).running(wanted)
         return -1
 
     def close(self) -> None:
-        """Let go of its memory."""
+        """Let go of its memory, and of threads that have stopped late."""
+        let_go_of_late()
         self._memory.close()
 
     def __enter__(self) -> Process:
@@ -356,28 +415,32 @@ class _Loop:
         on_bytes: OnBytes,
         wanted: Callable[[], bool],
         *,
-        rests: bool,
+        foreign: bool,
     ) -> None:
+        """:param foreign: the vCPUs are another VMM's, which said that they can: they rest between calls"""
         self._turns = [_Turn(port, VcpuShare(index)) for index, port in ports.items()]
         self._slice_s = slice_s
         self._on_bytes = on_bytes
         self._wanted = wanted
-        self._rests = rests
+        self._foreign = foreign
         self._call_size = _FIRST_SIZE
         self._next = 0
+        self._progress_at = 0.0
 
     def run(self, ranges: list[Range]) -> Applied:
         done = Applied(sum(size for _, size in ranges), vcpus=[one.share for one in self._turns])
-        began = time.monotonic()
+        began = self._progress_at = time.monotonic()
         try:
             for ipa, size in ranges:
                 if not self._range(done, ipa, size):
                     done.ended = "interrupted"
                     break
         except ProcessLost as error:
-            raise ProcessLost(
-                f"{error} after {done.bytes:,} of {done.size:,} bytes were pre-faulted"
-            ) from error
+            lost = ProcessLost(f"{error} after {done.bytes:,} of {done.size:,} bytes were pre-faulted")
+            raise _with_result(lost, done) from error
+        except PrefaultError as error:
+            error.add_note(f"{done.bytes:,} of {done.size:,} bytes were pre-faulted until then")
+            raise _with_result(error, done) from None
         done.seconds = time.monotonic() - began
         return done
 
@@ -385,18 +448,18 @@ class _Loop:
         """One range; False if it was left."""
         end, tries = ipa + size, 0
         while ipa < end:
-            if self._wanted():
+            step = None if self._wanted() else self._once(done, ipa, min(end - ipa, self._call_size))
+            if step is None:
                 return False
-            step = self._once(done, ipa, min(end - ipa, self._call_size))
             gone = step.progress.gpa - ipa
             if gone:
                 tries = 0
                 done.bytes += gone
                 ipa += gone
                 self._on_bytes(gone)
-            elif step.progress.errno in (errno.EINTR, errno.EAGAIN) and tries < _TRIES:
+            elif self._may_pass(step.progress.errno, tries):
                 tries += 1
-                time.sleep(_TRY_AGAIN_S if step.progress.errno == errno.EAGAIN else 0)
+                time.sleep(_NAPS_S[step.progress.errno])
             elif step.progress.errno:
                 tries = 0
                 ipa += self._pass_over(done, ipa, end, step.progress.errno)
@@ -404,21 +467,42 @@ class _Loop:
                 raise PrefaultError(f"KVM_PRE_FAULT_MEMORY returned 0 at {ipa:#x} without progress")
         return True
 
-    def _once(self, done: Applied, ipa: int, size: int) -> _Step:
-        """A call by the vCPU whose turn it is."""
+    def _may_pass(self, error: int, tries: int) -> bool:
+        """Whether the next call may be answered differently.
+
+        EOPNOTSUPP of a VM that has the capability is a vCPU's that runs a nested guest at the moment (x86).
+        """
+        if error == errno.EOPNOTSUPP:
+            return self._foreign and tries < _TRIES * len(self._turns)
+        return error in (errno.EINTR, errno.EAGAIN) and tries < _TRIES
+
+    def _once(self, done: Applied, ipa: int, size: int) -> _Step | None:
+        """A call by the vCPU whose turn it is, or the next that can be stopped; None if it is to end.
+
+        :raises Busy: none of them can be stopped, for long
+        """
+        skipped = 0
         while True:
             turn = self._turns[self._next % len(self._turns)]
             self._next += 1
-            if self._rests:
+            if self._foreign:
                 time.sleep(max(0.0, turn.free_at - time.monotonic()))
             try:
                 step = turn.port.once(ipa, size)
+                break
             except ProcessLost:
                 self._turns.remove(turn)
                 if not self._turns:
                     raise
-                continue
-            break
+            except Busy:
+                skipped += 1
+                if self._wanted():
+                    return None
+                if skipped >= len(self._turns):  # none of them can
+                    if time.monotonic() - self._progress_at > PATIENCE_S:
+                        raise
+                    time.sleep(_BUSY_NAP_S)
+        self._progress_at = time.monotonic()
         turn.free_at = time.monotonic() + step.stopped_s
         gone = step.progress.gpa - ipa
         if not 0 <= gone <= size or step.progress.size != size - gone:
@@ -441,7 +525,7 @@ class _Loop:
         room = max(self._slice_s * _FILL - overhead, self._slice_s / 10)
         fits = int(gone * room / max(step.call_s, 1e-6)) if gone else self._call_size // 2
         grown = min(max(fits, self._call_size // _GROWTH), self._call_size * _GROWTH, _LARGEST_SIZE)
-        least = _FIRST_SIZE if self._rests else _SMALLEST
+        least = _FIRST_SIZE if self._foreign else _SMALLEST
         self._call_size = max(grown // _SMALLEST * _SMALLEST, least)
 
     def _pass_over(self, done: Applied, ipa: int, end: int, error: int) -> int:
@@ -462,6 +546,12 @@ class _Loop:
             done.failed.append(FailedRange(ipa, size, error, errno_name(error), HINTS.get(error, "")))
         self._on_bytes(size)
         return size
+
+
+def _with_result(error: PrefaultError, done: Applied) -> PrefaultError:
+    """An error that has what was done until then, which --json shows."""
+    vars(error).update(bytes=done.bytes, size=done.size, calls=done.calls)
+    return error
 
 
 def _add(share: VcpuShare, gone: int, step: _Step) -> None:

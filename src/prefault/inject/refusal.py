@@ -13,6 +13,7 @@ from prefault.errors import NotTraceable, UsageError
 from prefault.faults.capture import check_process, threads_of
 
 PROC = Path("/proc")
+CGROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
 _CAP_SYS_PTRACE = 19
 _CAP_SYS_ADMIN = 21
 _FILTER = "2"
@@ -41,14 +42,27 @@ def check(pid: int, *, allow_seccomp: bool) -> None:
     if not about:
         raise UsageError(f"there is no process {pid}")
     if has_ended(about):
-        raise UsageError(f"process {pid} has ended, and its parent has not yet taken note (a zombie)")
+        _refuse_ended(pid)
     if about.get("Tgid") != str(pid):
         raise UsageError(f"{pid} is a thread of process {about.get('Tgid')}: give that process")
     check_rights(pid, about)
     check_process(pid)
     check_word_size(pid)
+    if allow_seccomp:
+        check_suspending()
     for tid in threads_of(pid):
+        check_frozen(pid, tid)
         _check_thread(pid, tid, allow_seccomp=allow_seccomp)
+
+
+def _refuse_ended(pid: int) -> None:
+    alive = [tid for tid in threads_of(pid) if not has_ended(status(pid, tid))]
+    if alive:
+        raise UsageError(
+            f"the main thread of process {pid} has ended, and {len(alive)} more go on: neither memory nor "
+            "descriptors of such a process can be seen"
+        )
+    raise UsageError(f"process {pid} has ended, and its parent has not yet taken note (a zombie)")
 
 
 def has_ended(about: dict[str, str]) -> bool:
@@ -77,6 +91,37 @@ def check_rights(pid: int, about: dict[str, str]) -> None:
         raise NotTraceable(f"kernel.yama.ptrace_scope is {scope}: {who}")
     if not os.access(PROC / str(pid) / "mem", os.R_OK | os.W_OK):
         raise NotTraceable(f"process {pid} is not dumpable, so only CAP_SYS_PTRACE may trace it: run as root")
+
+
+def check_suspending() -> None:
+    """Refuse to suspend seccomp filters where the kernel will."""
+    mine = status(os.getpid())
+    if not _has(mine, _CAP_SYS_ADMIN):
+        raise NotTraceable("a seccomp filter can be suspended with CAP_SYS_ADMIN only: run as root")
+    if mine.get("Seccomp", "0") != "0":
+        raise NotTraceable(
+            "prefault itself has a seccomp filter, as everything in a container has, and who has one may not "
+            "suspend another's: run it outside, or the container with seccomp=unconfined"
+        )
+
+
+def check_frozen(pid: int, tid: int) -> None:
+    """Refuse a thread that is frozen: what it is stopped for, it does not go on to do."""
+    try:
+        lines = (PROC / str(pid) / "task" / str(tid) / "cgroup").read_text(errors="replace").split("\n")
+    except OSError:
+        return
+    for path in (line[len("0::/") :] for line in lines if line.startswith("0::/")):
+        for folder in (root / path for root in CGROUPS):
+            if _reads(folder / "cgroup.freeze", "1") or _reads(folder / "cgroup.events", "frozen 1"):
+                raise UsageError(f"process {pid} is frozen (cgroup /{path}): thaw it first")
+
+
+def _reads(path: Path, line: str) -> bool:
+    try:
+        return line in path.read_text().splitlines()
+    except OSError:
+        return False
 
 
 def _yama() -> int:
@@ -108,12 +153,8 @@ def _check_thread(pid: int, tid: int, *, allow_seccomp: bool) -> None:
             f"thread {tid} of process {pid} is traced by process {about['TracerPid']}, and a thread has one "
             "tracer at most: end that one (a debugger, strace) first"
         )
-    if about.get("Seccomp") != _FILTER:
-        return
-    if not allow_seccomp:
+    if about.get("Seccomp") == _FILTER and not allow_seccomp:
         raise NotTraceable(
             f"thread {tid} of process {pid} has a seccomp filter, which may kill the VMM for a system call "
             "that it does not expect; --allow-seccomp suspends the filter while a thread is stopped"
         )
-    if not _has(status(os.getpid()), _CAP_SYS_ADMIN):
-        raise NotTraceable("a seccomp filter can be suspended with CAP_SYS_ADMIN only: run as root")

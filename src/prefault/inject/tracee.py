@@ -13,7 +13,8 @@ makes it not notice:
 - if this process is killed meanwhile, a signal frame takes the thread back (``frame``).
 
 Failure modes: ``ProcessLost`` if the thread ends; ``OSError`` of PTRACE_SEIZE if it may not be traced;
-``Busy`` if it cannot be stopped where a call would do no harm.
+``Busy`` if it cannot be stopped where a call would do no harm. One that does not stop at all is given up,
+still seized; when it stops after all, :func:`let_go_of_late` lets it go.
 
 Source: arch_do_signal_or_restart() (x86), do_signal() (arm64), ptrace_stop(); ptrace(2)
 """
@@ -25,6 +26,7 @@ import errno
 import os
 import signal
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,6 +42,8 @@ PROC = Path("/proc")
 
 PATIENCE_S = 10.0
 """How long a thread may take to stop before this is given up: it may be in an uninterruptible wait."""
+GRACE_S = 1.0
+"""The same, of somebody who wants it ended."""
 _NAP_S = 50e-6
 _TRIES = 20
 _ALL_SIGNALS = (1 << 64) - 1
@@ -113,7 +117,7 @@ class Tracee:
         self.tid = tid
         self.instruction = instruction
         self.end = end
-        self._options = ptrace.TRACESYSGOOD | (ptrace.SUSPEND_SECCOMP if suspend_seccomp else 0)
+        self.options = ptrace.TRACESYSGOOD | (ptrace.SUSPEND_SECCOMP if suspend_seccomp else 0)
         self.memory = memory
 
     def call(
@@ -134,33 +138,33 @@ class Tracee:
         :raises OSError: it may not be traced
         """
         for _ in range(_TRIES):
-            with _seized(self.tid, self._options) as stop:
-                injection = _Injection(self, stop, kvm_run_fd)
+            with _seized(self, wanted) as stop:
+                injection = _Injection(self, stop, kvm_run_fd, wanted)
                 if not injection.harmful():
                     with contextlib.suppress(_Disturbed):
-                        return injection.run(call, limit_s, wanted)
+                        return injection.run(call, limit_s)
             time.sleep(0.001)
         raise Busy(f"thread {self.tid} is always in a sequence that must not be broken off")
 
-    def running(self) -> int:
+    def running(self, wanted: Callable[[], bool] = lambda: False) -> int:
         """The vCPU that the thread runs, by its descriptor; -1 if it does not enter KVM_RUN soon.
 
         On arm64 a KVM_RUN tells its descriptor only when it begins. So the thread sees the one that it is in
         fail with EINTR, as after a signal, and begins the next.
         """
         machine = cpu.host()
-        with _seized(self.tid, self._options) as stop:
-            injection = _Injection(self, stop, -1)
+        with _seized(self, wanted) as stop:
+            injection = _Injection(self, stop, -1, wanted)
             if machine is not cpu.ARM64 and injection.in_kvm_run():
                 return injection.go_on()
             for _ in range(_TRIES):
-                if not stop.next_system_call(_SOON_S):
+                if not stop.next_system_call(_SOON_S, wanted):
                     return -1
                 registers = machine.unpack(ptrace.get_registers(self.tid))
                 number, of_run = registers[machine.number_at_entry], ioctls.KVM_RUN
                 if number == machine.ioctl and registers[machine.arguments[1]] & _INT == of_run:
                     return registers[machine.arguments[0]]
-                stop.next_system_call(_SOON_S)  # its end
+                stop.next_system_call(_SOON_S, wanted)  # its end
         return -1
 
 
@@ -184,6 +188,8 @@ class _Stop:
         self.traced = True
         self.changed = False
         """Whether its registers are not its own."""
+        self.has_net = False
+        """Whether it nevertheless ends up where it was, if it is let go at whatever point."""
 
     def go(self, resume: Callable[[int, int], None], signal_number: int = 0) -> None:
         """Let it go on in one way or another."""
@@ -195,31 +201,49 @@ class _Stop:
         ptrace.detach(self.tid, signal_number)
         self.stopped = self.traced = False
 
-    def wait(self, *, limit_s: float = PATIENCE_S, wanted: Callable[[], bool] = lambda: False) -> int:
-        """Wait for the next stop, and return the status; interrupt the thread after ``limit_s``, once.
+    def wait(self, *, limit_s: float | None = None, wanted: Callable[[], bool] = lambda: False) -> int:
+        """Wait for the next stop, and return the status.
 
-        Of a thread whose registers are not its own, whatever comes, the end must be waited for.
+        A thread whose registers are not its own, and that has no net, must be waited for, whatever comes.
 
+        :param limit_s: after so long, or if ``wanted``, interrupt the thread, once; None: it is about to stop
         :raises ProcessLost: it ended
-        :raises Busy: it does not stop
+        :raises Busy: it does not stop, and was given up
         """
         began = time.monotonic()
-        interrupted = False
+        due = began if limit_s is None else None
         while True:
-            status = self._poll()
+            status = self.poll()
             if status is not None:
                 return status
             now = time.monotonic()
-            if not interrupted and (now - began > limit_s or wanted()):
+            if due is None and limit_s is not None and (now - began > limit_s or wanted()):
                 ptrace.interrupt(self.tid)
-                interrupted = True
-            if not self.changed and now - began > limit_s + PATIENCE_S:
-                raise Busy(
-                    f"thread {self.tid} has not stopped for {now - began:.0f} s; it waits in the kernel"
-                )
+                due = now
+            if due is not None and now - due > (GRACE_S if wanted() else PATIENCE_S):
+                self._give_up(now - began)
             time.sleep(_NAP_S)
 
-    def _poll(self) -> int | None:
+    def _give_up(self, waited_s: float) -> None:
+        """Leave it to itself, seized as it is: only a thread that has stopped can be let go.
+
+        :raises Busy: always, unless it must be waited for
+        """
+        if self.changed and not self.has_net:
+            return
+        self.traced = False
+        _late.stops.append(self)
+        then = "; it goes on by itself when it can" if self.changed else ""
+        raise Busy(
+            f"thread {self.tid} has not stopped for {waited_s:.0f} s: it waits in the kernel, or is "
+            f"frozen{then}"
+        )
+
+    def poll(self) -> int | None:
+        """The status, if it has stopped.
+
+        :raises ProcessLost: it ended
+        """
         try:
             tid, status = os.waitpid(self.tid, ptrace.WALL | os.WNOHANG)
         except ChildProcessError as error:
@@ -231,7 +255,7 @@ class _Stop:
         self.stopped = True
         return status
 
-    def until_event(self) -> int:
+    def until_event(self, wanted: Callable[[], bool] = lambda: False) -> int:
         """Wait for the stop that PTRACE_INTERRUPT asks for, handing over the signals that come before it.
 
         Any other stop takes the request along (ptrace_stop()), so it is made again.
@@ -239,7 +263,7 @@ class _Stop:
         :returns: the signal of a group stop (SIGSTOP), or SIGTRAP
         """
         while True:
-            status = self.wait()
+            status = self.wait(wanted=wanted)
             if status >> 16 == ptrace.EVENT_STOP:
                 return os.WSTOPSIG(status)
             number = os.WSTOPSIG(status)
@@ -247,7 +271,7 @@ class _Stop:
             self.go(ptrace.cont, 0 if number == signal.SIGTRAP | 0x80 else number)
 
     def until_system_call(
-        self, which: int, *, limit_s: float = PATIENCE_S, wanted: Callable[[], bool] = lambda: False
+        self, which: int, *, limit_s: float | None = None, wanted: Callable[[], bool]
     ) -> None:
         """Go on until the thread enters or leaves a system call.
 
@@ -263,11 +287,11 @@ class _Stop:
             if status >> 16 != ptrace.EVENT_STOP:
                 raise _Disturbed(os.WSTOPSIG(status))
 
-    def next_system_call(self, limit_s: float) -> bool:
+    def next_system_call(self, limit_s: float, wanted: Callable[[], bool]) -> bool:
         """Go on to the next system call stop; False if there is none soon."""
         self.go(ptrace.to_system_call)
         while True:
-            status = self.wait(limit_s=limit_s)
+            status = self.wait(limit_s=limit_s, wanted=wanted)
             number = os.WSTOPSIG(status)
             if status >> 16 == ptrace.EVENT_STOP:
                 return False
@@ -276,15 +300,44 @@ class _Stop:
             self.go(ptrace.to_system_call, number)
 
 
+class _Late(threading.local):
+    """Threads that were given up while they were seized; only the thread that seized one can let it go."""
+
+    def __init__(self) -> None:
+        self.stops: list[_Stop] = []
+
+
+_late = _Late()
+
+
+def let_go_of_late() -> None:
+    """Let go of the threads that have stopped only after they had been given up.
+
+    What is then still not stopped, the kernel lets go when the calling thread ends.
+    """
+    for stop in list(_late.stops):
+        with contextlib.suppress(ProcessLost, OSError):
+            status = stop.poll()
+            if status is None:
+                continue
+            number = 0 if status >> 16 == ptrace.EVENT_STOP else os.WSTOPSIG(status)
+            stop.detach(0 if number == signal.SIGTRAP | 0x80 else number)
+        _late.stops.remove(stop)
+
+
 @contextlib.contextmanager
-def _seized(tid: int, options: int) -> Iterator[_Stop]:
+def _seized(tracee: Tracee, wanted: Callable[[], bool]) -> Iterator[_Stop]:
     """A thread that is stopped, and let go at the end."""
+    tid = tracee.tid
+    let_go_of_late()
+    if any(one.tid == tid for one in _late.stops):
+        raise Busy(f"thread {tid} has still not stopped: it waits in the kernel, or is frozen")
     with _lost_if_gone(tid):
-        ptrace.seize(tid, options)
+        ptrace.seize(tid, tracee.options)
         stop = _Stop(tid)
         try:
             ptrace.interrupt(tid)
-            stop.until_event()
+            stop.until_event(wanted)
             yield stop
         finally:
             _let_go(stop)
@@ -296,7 +349,7 @@ def _let_go(stop: _Stop) -> None:
     try:
         if not stop.stopped:
             ptrace.interrupt(stop.tid)
-            stop.until_event()
+            stop.until_event(lambda: True)
         stop.detach()
     except (ProcessLost, OSError):
         _take_note_of_end(stop.tid)
@@ -355,10 +408,11 @@ class _Frame:
 class _Injection:
     """A stopped thread, and all that must be put back."""
 
-    def __init__(self, tracee: Tracee, stop: _Stop, kvm_run_fd: int) -> None:
+    def __init__(self, tracee: Tracee, stop: _Stop, kvm_run_fd: int, wanted: Callable[[], bool]) -> None:
         self._cpu = cpu.host()
         self._arm = self._cpu is cpu.ARM64
         self._stop = stop
+        self._wanted = wanted
         self._tid = tracee.tid
         self._memory = tracee.memory
         self._saved = self._cpu.unpack(ptrace.get_registers(self._tid))
@@ -414,10 +468,11 @@ class _Injection:
         first, last = self._room, self._saved["sp"] - 1
         return first >> 12 == last >> 12 or self._memory.are_of_one_mapping(first, last)
 
-    def run(self, call: Call, limit_s: float, wanted: Callable[[], bool]) -> Answer:
+    def run(self, call: Call, limit_s: float) -> Answer:
         """Run the system call, and let the thread go.
 
         :raises _Disturbed: it was let go before that
+        :raises Busy: it does not stop any more, and goes on by itself
         """
         mask = self._mask = ptrace.get_signal_mask(self._tid)
         vectors = self._vectors(ptrace.NT_ARM_SVE) if self._arm else b""
@@ -432,7 +487,7 @@ class _Injection:
             began = time.monotonic()
             enter = self._enter_arm if self._arm else self._enter_x86
             leave = enter(call, address)
-            self._stop.until_system_call(ptrace.SYSCALL_EXIT, limit_s=limit_s, wanted=wanted)
+            self._stop.until_system_call(ptrace.SYSCALL_EXIT, limit_s=limit_s, wanted=self._wanted)
             result = cpu.signed(self._registers()[self._cpu.result])
             call_s = time.monotonic() - began
             memory = self._memory.read(address, len(call.memory))
@@ -441,7 +496,7 @@ class _Injection:
             self._memory.write(lowest, held)
             ptrace.interrupt(self._tid)
             self._stop.go(ptrace.cont)
-            self._stop.until_event()
+            self._stop.until_event(self._wanted)
         except _Disturbed as signal_came:
             self._put_back(mask, vectors, lowest, held)
             self._stop.detach(signal_came.number)
@@ -468,6 +523,7 @@ class _Injection:
                 return None
             data = frames.x86_64(self._resumed(), mask, state, address)
         self._net = {"pc": self._end, "sp": address if self._arm else address + 8}
+        self._stop.has_net = True
         return _Frame(address, data)
 
     def _has_shadow_stack(self) -> bool:
@@ -517,7 +573,7 @@ class _Injection:
         self._stop.changed = True
         self._set({**self._with_arguments({**self._saved, **own}, call, address), **self._net})
         ptrace.set_signal_mask(self._tid, _ALL_SIGNALS)
-        self._stop.until_system_call(ptrace.SYSCALL_ENTRY)
+        self._stop.until_system_call(ptrace.SYSCALL_ENTRY, wanted=self._wanted)
         if self._net:  # it is about to end a handler
             there = {**self._registers(), "orig_rax": call.number}
             self._set({**self._with_arguments(there, call, address), **self._net})
@@ -560,7 +616,7 @@ class _Injection:
             self._stop.changed = True
             self._set(start)
             ptrace.set_signal_mask(self._tid, _ALL_SIGNALS)
-        self._stop.until_system_call(ptrace.SYSCALL_ENTRY)
+        self._stop.until_system_call(ptrace.SYSCALL_ENTRY, wanted=self._wanted)
         number = self._number()
         if number in self._cpu.left_alone:
             raise _Disturbed(0)
@@ -594,10 +650,10 @@ class _Injection:
         put right, for which this process may not live.
         """
         self._set({**self._registers(), **self._net, "x0": self._final["x0"]})
-        self._stop.until_system_call(ptrace.SYSCALL_ENTRY)
+        self._stop.until_system_call(ptrace.SYSCALL_ENTRY, wanted=self._wanted)
         self._set({**self._registers(), **self._net})
         self._set_number(-1)
-        self._stop.until_system_call(ptrace.SYSCALL_EXIT)
+        self._stop.until_system_call(ptrace.SYSCALL_EXIT, wanted=self._wanted)
 
     def _unblock(self) -> None:
         """The thread's own signal mask again. The stop that follows comes before any signal is delivered."""
@@ -638,7 +694,7 @@ class _Injection:
         """Everything as it was; also of a thread that something unexpected has happened to."""
         if not self._stop.stopped:
             ptrace.interrupt(self._tid)
-            self._stop.until_event()
+            self._stop.until_event(self._wanted)
         if self._stop.changed:
             self._set(self._final)
         self._put_back_vectors(vectors)

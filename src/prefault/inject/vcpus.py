@@ -24,12 +24,12 @@ PROC = Path("/proc")
 
 WATCH_S = 0.25
 _LOOK_S = 0.002
-_ASK_TIMES = 20
-"""How often one thread is stopped to be asked."""
+SEARCH_S = 10.0
+"""The longest that threads are looked at, of a process in which something else is always at work."""
+_ASK_TIMES = 3
+"""How often one thread is stopped to be asked: each time may cost a thread that runs no vCPU an EINTR."""
 _QUIET_LOOKS = 100
 """After so many in a row that see nobody at work, the guest is paused."""
-_LOOKS = 2000
-"""In all: of a process in which something else is always at work."""
 _USER_WORKER = 0x4000 | 0x10
 """PF_USER_WORKER and PF_IO_WORKER (include/linux/sched.h): the kernel's own threads in a process.
 
@@ -37,7 +37,8 @@ KVM on x86 has one for each VM. Its registers are a copy of those of the thread 
 seems to be in KVM_RUN.
 """
 _VCPU = re.compile(r"anon_inode:kvm-vcpu:(\d+)")
-_NAME = re.compile(r"(?i)v?cpu[ _:-]?(\d+)(?:/KVM)?$")
+_NAME = re.compile(r"CPU (\d+)/KVM|(?:fc_vcpu |crosvm_vcpu|kvm-vcpu-|vcpu[ _:-]?)(\d+)")
+"""QEMU's, Firecracker's, crosvm's, kvmtool's; Cloud Hypervisor's, and others like it."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,20 @@ def running(text: str) -> int:
     return int(words[1], 16)
 
 
-def find(pid: int, known: Descriptors, ask: Callable[[int], int] | None) -> list[VcpuThread]:
+def find(
+    pid: int,
+    known: Descriptors,
+    ask: Callable[[int], int] | None,
+    wanted: Callable[[], bool] = lambda: False,
+) -> list[VcpuThread]:
     """The vCPUs whose threads can be told.
 
     :param ask: stops a thread and says which vCPU it was running, -1 for none; None: stop none
+    :param wanted: asked now and then; True ends the search
     """
-    seen = _watched(pid, known)
+    seen = _watched(pid, known, wanted)
     if ask is not None:
-        _ask_busy(pid, known, seen, ask)
+        _ask_busy(pid, known, seen, ask, wanted)
     taken = set(seen.values())
     named = {
         index: tid for index, tid in _named(pid, known).items() if index not in seen and tid not in taken
@@ -123,35 +130,38 @@ def find(pid: int, known: Descriptors, ask: Callable[[int], int] | None) -> list
     return sorted(found, key=lambda one: one.index)
 
 
-def _watched(pid: int, known: Descriptors) -> dict[int, int]:
+def _watched(pid: int, known: Descriptors, wanted: Callable[[], bool]) -> dict[int, int]:
     index_of = known.index_of
     found: dict[int, int] = {}
     end = time.monotonic() + WATCH_S
-    while len(found) < len(known.vcpus) and time.monotonic() < end:
-        for tid in _threads(pid):
+    while len(found) < len(known.vcpus) and time.monotonic() < end and not wanted():
+        for tid in threads_of(pid):
             fd = running(_read(pid, tid, "syscall"))
-            if fd in index_of:
+            if fd in index_of and _is_ordinary(_read(pid, tid, "stat")):
                 found[index_of[fd]] = tid
         time.sleep(_LOOK_S)
     return found
 
 
-def _ask_busy(pid: int, known: Descriptors, seen: dict[int, int], ask: Callable[[int], int]) -> None:
+def _ask_busy(
+    pid: int, known: Descriptors, seen: dict[int, int], ask: Callable[[int], int], wanted: Callable[[], bool]
+) -> None:
     """Add to ``seen`` what threads say that run now and then, until all are known."""
     index_of = known.index_of
     asked: Counter[int] = Counter()
     quiet = 0
-    for _ in range(_LOOKS):
+    end = time.monotonic() + SEARCH_S
+    while time.monotonic() < end:
         busy = [tid for tid in _busy(pid, set(seen.values())) if asked[tid] < _ASK_TIMES]
         quiet = 0 if busy else quiet + 1
         for tid in busy:
-            if len(seen) == len(known.vcpus):
+            if len(seen) == len(known.vcpus) or wanted():
                 return
             asked[tid] += 1
             fd = ask(tid)
             if fd in index_of:
                 seen[index_of[fd]] = tid
-        if len(seen) == len(known.vcpus) or quiet == _QUIET_LOOKS:
+        if len(seen) == len(known.vcpus) or quiet == _QUIET_LOOKS or wanted():
             return
         time.sleep(_LOOK_S)
 
@@ -159,29 +169,29 @@ def _ask_busy(pid: int, known: Descriptors, seen: dict[int, int], ask: Callable[
 def _named(pid: int, known: Descriptors) -> dict[int, int]:
     """By name, where a name is of one thread only."""
     found: dict[int, list[int]] = {}
-    for tid in _threads(pid):
-        match = _NAME.search(_read(pid, tid, "comm").strip())
-        if match and int(match[1]) in known.vcpus:
-            found.setdefault(int(match[1]), []).append(tid)
+    for tid in threads_of(pid):
+        match = _NAME.fullmatch(_read(pid, tid, "comm").strip())
+        index = int(match[1] or match[2]) if match else -1
+        if index in known.vcpus:
+            found.setdefault(index, []).append(tid)
     return {index: tids[0] for index, tids in found.items() if len(tids) == 1}
 
 
 def _busy(pid: int, taken: set[int]) -> list[int]:
     """Threads that run at this moment, but for those whose vCPU is known."""
-    return [
-        tid for tid in _threads(pid) if tid not in taken and _read(pid, tid, "syscall").startswith("running")
-    ]
+    return [tid for tid in threads_of(pid) if tid not in taken and runs(pid, tid)]
 
 
-def _threads(pid: int) -> list[int]:
-    """Those that run in user space, too."""
-    return [tid for tid in threads_of(pid) if not _flags(_read(pid, tid, "stat")) & _USER_WORKER]
+def runs(pid: int, tid: int) -> bool:
+    """Whether a thread is at work at this moment, and no wait would be interrupted by a stop."""
+    stat = _read(pid, tid, "stat")
+    return stat.rpartition(")")[2].startswith(" R") and _is_ordinary(stat)
 
 
-def _flags(stat: str) -> int:
-    """The kernel's flags of a thread, from its /proc/…/stat."""
+def _is_ordinary(stat: str) -> bool:
+    """Whether a thread runs in user space, too, by its /proc/…/stat."""
     words = stat.rpartition(")")[2].split()
-    return int(words[6]) if len(words) > 6 else 0
+    return len(words) > 6 and not int(words[6]) & _USER_WORKER
 
 
 def _read(pid: int, tid: int, name: str) -> str:
