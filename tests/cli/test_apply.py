@@ -121,6 +121,16 @@ def test_a_dry_run_stops_nothing(plan: str, vmm: Vmm, capsys: pytest.CaptureFixt
     assert (told["dry_run"], told["unknown_vcpus"]) == (True, [2])
 
 
+def test_a_dry_run_that_sees_no_vcpu_says_what_that_means(
+    plan: str, vmm: Vmm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Vmm, "find", lambda *_, **__: Found(4711, 5, (), (0, 1)))
+    assert main(["apply", plan, "--pid", "4711", "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "vCPU 0, 1: no thread was seen running it; without --dry-run, threads at work are asked" in said
+    assert "others" not in said
+
+
 @pytest.mark.parametrize(("error", "status"), [("ENOENT", 0), ("EFAULT", 3)])
 def test_holes_are_reported_and_other_failures_are_errors(
     error: str, status: int, plan: str, vmm: Vmm, capsys: pytest.CaptureFixture[str]

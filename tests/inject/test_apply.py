@@ -288,7 +288,6 @@ def test_a_thread_that_may_not_be_asked_is_a_reason_not_a_crash(
     process = Slow()
     process._suspend_seccomp = True
     monkeypatch.setattr(process, "_tracee", lambda _: Refusing())
-    monkeypatch.setattr(vcpus, "runs", lambda *_: True)
     monkeypatch.setattr(refusal, "check", lambda *_, **__: None)
     with pytest.raises(NotTraceable, match=said):
         process._ask(7, lambda: False)

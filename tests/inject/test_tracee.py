@@ -19,7 +19,7 @@ import pytest
 from prefault.errors import ProcessLost
 from prefault.inject import ptrace
 from prefault.inject import tracee as module
-from prefault.inject.tracee import Busy, Call, Tracee, let_go_of_late, mappings
+from prefault.inject.tracee import Busy, Call, Mapping, Memory, Tracee, find_end, let_go_of_late, mappings
 from tests.inject import children
 from tests.inject.children import GETPID, GETTIME, NANOSLEEP, pipe, python, tracee, wait_for_call
 
@@ -120,6 +120,7 @@ def test_no_signal_of_many_is_lost_or_comes_twice(tmp_path: Path) -> None:
         assert signals == sent > 300
 
 
+EPOLL = "e = __import__('select').epoll(); e.register(0, 1); epoll = e.fileno()\n"
 WAITS = {
     "nanosleep": (35, "libc.syscall(35, (ctypes.c_long * 2)(0, 600000000), None)", 0, 0, 0.6),
     "clock_nanosleep": (
@@ -147,14 +148,20 @@ WAITS = {
         0,
         0.0,
     ),
+    "epoll_pwait2": (
+        441,
+        "libc.syscall(441, epoll, ctypes.create_string_buffer(99), 1, None, None, 8)",
+        1,
+        0,
+        0.0,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", WAITS)
 def test_a_wait_goes_on_and_ends_when_it_must(name: str) -> None:
     number, call, result, error, seconds = WAITS[name]
-    epoll = "e = __import__('select').epoll(); e.register(0, 1); epoll = e.fileno()\n"
-    with python(SYSCALL + epoll + "ready()\n" + MEASURE.format(call=call)) as child, tracee(child.pid) as one:
+    with python(SYSCALL + EPOLL + "ready()\n" + MEASURE.format(call=call)) as child, tracee(child.pid) as one:
         wait_for_call(child.pid, number)
         end = time.monotonic() + STOPPED
         while time.monotonic() < end:
@@ -167,6 +174,50 @@ def test_a_wait_goes_on_and_ends_when_it_must(name: str) -> None:
         assert told[:2] == [result, error]
         if seconds:
             assert seconds <= told[2] < seconds + 0.8 * STOPPED  # one that begins anew ends STOPPED late
+
+
+def test_a_thread_that_is_asked_goes_on_waiting() -> None:
+    call = WAITS["epoll_wait"][1]
+    with python(SYSCALL + EPOLL + "ready()\n" + MEASURE.format(call=call)) as child, tracee(child.pid) as one:
+        for _ in range(STOPS):
+            wait_for_call(child.pid, 232)
+            assert one.running() == -1
+        pipe(child.stdin).write("abc")
+        pipe(child.stdin).flush()
+        assert json.loads(pipe(child.stdout).readline())[:2] == [1, 0]
+
+
+WORK_AND_WAIT = """
+libc.epoll_wait.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+broken = rounds = 0
+buffer = ctypes.create_string_buffer(99)
+ready()
+while True:
+    end = time.monotonic() + 0.05
+    while time.monotonic() < end:
+        pass
+    found = libc.epoll_wait(epoll, buffer, 1, 200)
+    if found > 0:
+        break
+    rounds += 1
+    broken += found < 0
+print(json.dumps([rounds, broken]), flush=True)
+"""
+
+
+def test_a_thread_that_works_and_then_waits_is_let_go_before_it_waits() -> None:
+    """With a time-out, the wait fails with EINTR if it is interrupted; to be asked takes 50 ms of it."""
+    asked = 10
+    with python(SYSCALL + EPOLL + WORK_AND_WAIT) as child, tracee(child.pid) as one:
+        for _ in range(asked):
+            wait_for_call(child.pid, 232)
+            _until_state(child.pid, "R")
+            assert one.running() == -1
+        pipe(child.stdin).write("abc")
+        pipe(child.stdin).flush()
+        rounds, broken = json.loads(pipe(child.stdout).readline())
+        assert rounds >= asked - 1
+        assert broken <= asked // 3  # of those that begin to wait between the look and the stop
 
 
 def test_pause_ends_with_the_signal_that_comes_after() -> None:
@@ -365,6 +416,124 @@ def test_who_wants_it_ended_does_not_wait_for_a_thread_that_does_not_stop(
         os.close(os.open(fifo, os.O_WRONLY))
         _until_state(child.pid, "t")
         let_go_of_late()
+
+
+EXECUTE = """
+import os, sys, threading
+def other():
+    sys.stdin.readline()
+    os.execv("/bin/sleep", ["sleep", "60"])
+thread = threading.Thread(target=other)
+thread.start()
+print("ready", thread.native_id, flush=True)
+thread.join()
+"""
+
+
+def test_a_thread_that_executes_another_program_is_let_go_with_its_new_number() -> None:
+    with children.running(sys.executable, "-c", EXECUTE, first_line=False) as child:
+        tid = int(pipe(child.stdout).readline().split()[1])
+        with tracee(child.pid, tid) as one:
+            with pytest.raises(ProcessLost), module._seized(one, lambda: False) as stop:
+                stop.go(ptrace.cont)
+                pipe(child.stdin).write("\n")
+                pipe(child.stdin).flush()
+                while Path(f"/proc/{child.pid}/comm").read_text() != "sleep\n":
+                    time.sleep(0.001)
+                assert _tracer(child.pid) == threading.get_native_id()
+                stop.until_event()
+            assert _tracer(child.pid) == 0
+            _until_state(child.pid, "S")
+
+
+def test_only_what_is_in_no_heap_and_no_variable_is_a_stack() -> None:
+    library = Mapping(0x1000, 0x2000, "rw-p", "/usr/lib/libc.so.6")
+    guard = Mapping(0x1000, 0x2000, "---p", "")
+    for name, before, good in (
+        ("[stack]", guard, True),
+        ("", guard, True),
+        ("[anon: glibc: pthread stack: 17]", guard, True),
+        ("[anon:stack_and_tls:17]", guard, True),
+        ("", library, False),
+        ("/usr/lib/libc.so.6", library, False),
+        ("[heap]", guard, False),
+        ("[anon: Go: heap]", guard, False),
+    ):
+        for access in ("rw-p", "rwxp"):
+            why = module._why_no_stack(Mapping(0x2000, 0x9000, access, name), before)
+            assert (why == "") == good, (name, why)
+        assert module._why_no_stack(Mapping(0x2000, 0x9000, "rw-s", name), before)
+
+
+ODD_STACKS = """
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+static char variable[1 << 20];
+static ucontext_t back, one;
+static void work(void) { puts("ready"); fflush(stdout); for (;;) pause(); }
+int main(int count, char **words) {
+    char *heap = sbrk(1 << 20);
+    char *mapped = mmap(0, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    getcontext(&one);
+    one.uc_stack.ss_sp = (*words[1] == 'v' ? variable : *words[1] == 'h' ? heap : mapped) + (1 << 19);
+    one.uc_stack.ss_size = 1 << 14;
+    makecontext(&one, work, 0);
+    swapcontext(&back, &one);
+}
+"""
+
+
+@pytest.mark.skipif(children.compiler() is None, reason="no C compiler: apt install gcc")
+def test_a_stack_among_other_data_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "odd.c").write_text(ODD_STACKS)
+    program = str(tmp_path / "odd")
+    subprocess.run([str(children.compiler()), "-o", program, str(tmp_path / "odd.c")], check=True)
+    for where, said in (("variable", r"has its stack pointer in .*\.bss"), ("heap", r"in \[heap\]")):
+        with children.running(program, where) as child, tracee(child.pid) as one:
+            with pytest.raises(Busy, match=said):
+                one.call(Call(GETPID, ()))
+            assert child.poll() is None
+    with children.running(program, "mapped") as child, tracee(child.pid) as one:
+        assert one.call(Call(GETPID, ())).result == child.pid
+
+
+MADE_CODE = """
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p,) + (ctypes.c_long,) * 5
+at = 0x10000000
+assert libc.mmap(at, 4096, 7, 0x32, -1, 0) == at
+ctypes.memmove(at, bytes.fromhex('48c7c00f0000000f05'), 9)
+ready()
+sys.stdin.readline()
+libc.munmap(ctypes.c_void_p(at), 4096)
+ready()
+sys.stdin.read()
+"""
+
+
+def test_code_made_for_a_moments_use_is_not_returned_to() -> None:
+    with python(MADE_CODE) as child, Memory(child.pid) as memory:
+        end = find_end(memory)
+        assert any(one.start <= end < one.end and one.name.startswith("/") for one in mappings(child.pid))
+
+
+def test_code_that_is_gone_is_not_used_and_searched_for_again() -> None:
+    made = 0x10000000
+    with python(MADE_CODE) as child, Memory(child.pid) as memory:
+        one = Tracee(memory, child.pid, made + 7, end=made)
+        assert one.call(Call(GETPID, ())).result == child.pid
+        assert (one.instruction, one.end) == (made + 7, made)
+        pipe(child.stdin).write("\n")
+        pipe(child.stdin).flush()
+        assert pipe(child.stdout).readline() == "ready\n"
+        assert one.call(Call(GETPID, ())).result == child.pid
+        assert made not in (one.instruction - 7, one.end)
+        assert one.end
+        assert child.poll() is None
 
 
 def _tracer(pid: int) -> int:

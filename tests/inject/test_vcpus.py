@@ -99,6 +99,22 @@ def test_names_that_only_look_like_a_vcpus_do_not_count(proc: Path, name: str) -
     assert vcpus.find(PID, Descriptors(3, {3: 8}), None) == []
 
 
+def test_a_thread_is_asked_only_while_it_runs(proc: Path) -> None:
+    """One that has gone to wait meanwhile would see its wait interrupted."""
+    thread(proc, 11, "running")
+    thread(proc, 12, "running")
+    asked: list[int] = []
+
+    def ask(tid: int) -> int:
+        asked.append(tid)
+        stat = proc / str(PID) / "task/12/stat"
+        stat.write_text(stat.read_text().replace(" R ", " S "))
+        return -1
+
+    assert vcpus.find(PID, Descriptors(3, {0: 5}), ask) == []
+    assert asked == [11, 11, 11]
+
+
 def test_nobody_who_wants_it_ended_waits_for_the_search(proc: Path) -> None:
     thread(proc, 11, "running")
     thread(proc, 12, "running")

@@ -39,6 +39,7 @@ Exit codes: 0 done (holes are passed over, and reported), 2 usage, no plan, or a
 130 Ctrl-C, 143 SIGTERM (what was done stays)."""
 
 _SHOWN_FAILURES = 10
+_NONE = "without --dry-run, threads at work are asked, and if none runs a vCPU, it ends with status 2"
 
 
 @click.command(epilog=EPILOG)
@@ -122,7 +123,8 @@ def _bar(size: int) -> Iterator[Callable[[int], None]]:
 def _warn_of_unknown(found: Found) -> None:
     if found.unknown:
         names = ", ".join(map(str, found.unknown))
-        click.echo(f"vCPU {names}: no thread was seen running it; the others do its share", err=True)
+        share = "the others do its share" if found.threads else _NONE
+        click.echo(f"vCPU {names}: no thread was seen running it; {share}", err=True)
 
 
 def _print_dry(found: Found, ranges: list[tuple[int, int]], slice_ms: float) -> None:

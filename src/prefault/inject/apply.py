@@ -227,6 +227,7 @@ class Process:
             raise NotTraceable(f"the memory of process {pid} may not be read and written") from error
         try:
             self._instruction, self._end = find_instruction(self._memory), find_end(self._memory)
+            self._tracees: dict[int, Tracee] = {}
         except BaseException:
             self._memory.close()
             raise
@@ -346,13 +347,14 @@ class Process:
             raise NotTraceable(reason) from error
 
     def _tracee(self, tid: int) -> Tracee:
-        return Tracee(
-            self._memory, tid, self._instruction, end=self._end, suspend_seccomp=self._suspend_seccomp
-        )
+        """Kept, for it may have had to search for code again."""
+        if tid not in self._tracees:
+            self._tracees[tid] = Tracee(
+                self._memory, tid, self._instruction, end=self._end, suspend_seccomp=self._suspend_seccomp
+            )
+        return self._tracees[tid]
 
     def _ask(self, tid: int, wanted: Callable[[], bool]) -> int:
-        if not vcpus.runs(self.pid, tid):  # it has gone to wait since it was seen
-            return -1
         with contextlib.suppress(ProcessLost, Busy), self._tracing(tid):
             return self._tracee(tid).running(wanted)
         return -1

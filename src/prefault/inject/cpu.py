@@ -29,6 +29,7 @@ class Cpu:
     :ivar red_zone: bytes below the stack pointer that a function may use
     :ivar ioctl: the system call's number
     :ivar not_restarted: calls that fail with ERESTARTNOHAND
+    :ivar broken_off: waits that a stop makes fail with EINTR, where the kernel has others go on
     :ivar left_alone: calls that would do harm with another's arguments, which they have for a moment
     :ivar ends: the code that ends a signal handler, as the C library or the vDSO has it: rt_sigreturn(2)
     """
@@ -44,6 +45,7 @@ class Cpu:
     ioctl: int
     not_restarted: frozenset[int] = field(default=frozenset())
     left_alone: frozenset[int] = field(default=frozenset())
+    broken_off: frozenset[int] = field(default=frozenset())
     ends: tuple[bytes, ...] = ()
 
     @property
@@ -75,6 +77,10 @@ X86_64 = Cpu(
     b"\x0f\x05",
     128,
     16,
+    # of epoll, POSIX asynchronous I/O and io_uring, System V semaphores and messages, sockets, sigtimedwait
+    broken_off=frozenset(
+        {232, 281, 441, 208, 333, 426, 65, 220, 69, 70, 42, 43, 44, 45, 46, 47, 288, 299, 307, 128}
+    ),
     ends=(b"\x48\xc7\xc0\x0f\0\0\0\x0f\x05", b"\xb8\x0f\0\0\0\x0f\x05"),  # mov $15,%rax (%eax); syscall
 )
 
@@ -90,6 +96,8 @@ ARM64 = Cpu(
     29,
     frozenset({72, 73, 133}),  # pselect6, ppoll, rt_sigsuspend
     frozenset({57}),  # close: of the vCPU's descriptor
+    # But sigtimedwait: QEMU calls it without a time-out between EINTR and the next KVM_RUN.
+    frozenset({22, 441, 4, 292, 426, 193, 192, 188, 189, 202, 203, 206, 207, 211, 212, 242, 243, 269}),
     (b"\x68\x11\x80\xd2\x01\0\0\xd4",),  # mov x8, #139; svc #0
 )
 

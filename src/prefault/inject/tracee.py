@@ -37,6 +37,7 @@ from prefault.abi import ioctls
 from prefault.errors import PrefaultError, ProcessLost
 from prefault.inject import cpu, ptrace
 from prefault.inject import frame as frames
+from prefault.inject.refusal import status
 
 PROC = Path("/proc")
 
@@ -55,6 +56,7 @@ _PIECE = 1 << 20
 _SOON_S = 0.05
 _INT = (1 << 32) - 1
 _EPOLL_WAITS_X86 = {232, 281}
+_EPOLL_PWAIT2_X86 = 441
 _RESTART_SYSCALL = 128
 _AGAIN_X86 = {
     -error for error in (cpu.ERESTARTSYS, cpu.ERESTARTNOINTR, cpu.ERESTARTNOHAND, cpu.ERESTART_RESTARTBLOCK)
@@ -137,34 +139,48 @@ class Tracee:
         :raises Busy: it is never where this can be done
         :raises OSError: it may not be traced
         """
+        why = ""
         for _ in range(_TRIES):
             with _seized(self, wanted) as stop:
                 injection = _Injection(self, stop, kvm_run_fd, wanted)
-                if not injection.harmful():
+                why = injection.why_not()
+                if not why:
                     with contextlib.suppress(_Disturbed):
                         return injection.run(call, limit_s)
+            self._search_again()
             time.sleep(0.001)
-        raise Busy(f"thread {self.tid} is always in a sequence that must not be broken off")
+        raise Busy(f"thread {self.tid} {why or 'is always about to take a signal'}")
+
+    def _search_again(self) -> None:
+        """For code that is gone: a library may have been unloaded, what was compiled thrown away."""
+        if not has_code(self.memory, self.instruction, (cpu.host().instruction,)):
+            with contextlib.suppress(PrefaultError):  # if the process is gone, the next seizing tells
+                self.instruction = find_instruction(self.memory)
+        if self.end and not has_code(self.memory, self.end, cpu.host().ends):
+            self.end = find_end(self.memory)
 
     def running(self, wanted: Callable[[], bool] = lambda: False) -> int:
         """The vCPU that the thread runs, by its descriptor; -1 if it does not enter KVM_RUN soon.
 
         On arm64 a KVM_RUN tells its descriptor only when it begins. So the thread sees the one that it is in
         fail with EINTR, as after a signal, and begins the next.
+
+        A thread that turns out to wait for something else is let go. Some waits fail with EINTR after a stop:
+        before it enters such a call, too.
         """
         machine = cpu.host()
         with _seized(self, wanted) as stop:
             injection = _Injection(self, stop, -1, wanted)
-            if machine is not cpu.ARM64 and injection.in_kvm_run():
+            if injection.broken_off_x86():
                 return injection.go_on()
             for _ in range(_TRIES):
                 if not stop.next_system_call(_SOON_S, wanted):
                     return -1
-                registers = machine.unpack(ptrace.get_registers(self.tid))
-                number, of_run = registers[machine.number_at_entry], ioctls.KVM_RUN
-                if number == machine.ioctl and registers[machine.arguments[1]] & _INT == of_run:
-                    return registers[machine.arguments[0]]
-                stop.next_system_call(_SOON_S, wanted)  # its end
+                entered = _Injection(self, stop, -1, wanted)
+                if entered.enters(machine.broken_off):
+                    return entered.begin_again()
+                if not stop.next_system_call(_SOON_S, wanted):  # its end
+                    return _Injection(self, stop, -1, wanted).go_on()
         return -1
 
 
@@ -181,8 +197,9 @@ class _Disturbed(Exception):
 class _Stop:
     """A thread that is seized; knows how to wait for it."""
 
-    def __init__(self, tid: int) -> None:
+    def __init__(self, tid: int, pid: int) -> None:
         self.tid = tid
+        self.pid = pid
         self.began = time.monotonic()
         self.stopped = False
         self.traced = True
@@ -316,13 +333,28 @@ def let_go_of_late() -> None:
     What is then still not stopped, the kernel lets go when the calling thread ends.
     """
     for stop in list(_late.stops):
-        with contextlib.suppress(ProcessLost, OSError):
-            status = stop.poll()
-            if status is None:
+        try:
+            found = stop.poll()
+            if found is None:
                 continue
-            number = 0 if status >> 16 == ptrace.EVENT_STOP else os.WSTOPSIG(status)
+            number = 0 if found >> 16 == ptrace.EVENT_STOP else os.WSTOPSIG(found)
             stop.detach(0 if number == signal.SIGTRAP | 0x80 else number)
+        except (ProcessLost, OSError):
+            _let_go_of_program(stop)
         _late.stops.remove(stop)
+
+
+def _let_go_of_program(lost: _Stop) -> None:
+    """A thread that calls execve(2) goes on with its process's number, and is traced as it was."""
+    tracer = status(lost.pid).get("TracerPid")
+    known = any(one.tid == lost.pid for one in _late.stops)
+    if lost.tid == lost.pid or known or tracer != str(threading.get_native_id()):
+        return
+    stop = _Stop(lost.pid, lost.pid)
+    with contextlib.suppress(ProcessLost, OSError, Busy):
+        ptrace.interrupt(stop.tid)
+        stop.until_event(lambda: True)
+        stop.detach()
 
 
 @contextlib.contextmanager
@@ -334,7 +366,7 @@ def _seized(tracee: Tracee, wanted: Callable[[], bool]) -> Iterator[_Stop]:
         raise Busy(f"thread {tid} has still not stopped: it waits in the kernel, or is frozen")
     with _lost_if_gone(tid):
         ptrace.seize(tid, tracee.options)
-        stop = _Stop(tid)
+        stop = _Stop(tid, tracee.memory.pid)
         try:
             ptrace.interrupt(tid)
             stop.until_event(wanted)
@@ -353,6 +385,7 @@ def _let_go(stop: _Stop) -> None:
         stop.detach()
     except (ProcessLost, OSError):
         _take_note_of_end(stop.tid)
+        _let_go_of_program(stop)
 
 
 def _take_note_of_end(tid: int) -> None:
@@ -421,17 +454,66 @@ class _Injection:
         self._end = tracee.end
         self._mask = 0
         self._kvm_run_fd = self._find_kvm_run(kvm_run_fd)
+        self._stack = 0
+        """Where the mapping begins that its stack is in."""
         self._net: dict[str, int] = {}
         """Registers by which the thread, left alone, ends up where it was."""
 
+    def broken_off_x86(self) -> bool:
+        """Whether the stop has made a system call fail with EINTR, on x86: KVM_RUN, or one like it."""
+        saved = self._saved
+        return (
+            not self._arm and cpu.signed(saved["orig_rax"]) >= 0 and cpu.signed(saved["rax"]) == -errno.EINTR
+        )
+
     def go_on(self) -> int:
-        """Have an interrupted KVM_RUN of x86 go on when the thread is let go; its descriptor."""
-        self._set({**self._saved, "rax": -cpu.ERESTARTNOHAND})
+        """Have what was interrupted go on when the thread is let go.
+
+        :returns: KVM_RUN's descriptor, on x86; -1 if it was something else
+        """
+        if not self._arm and self._interrupted_x86():
+            self._set({**self._saved, "rax": -cpu.ERESTARTNOHAND})
         return self._kvm_run_fd
 
-    def harmful(self) -> bool:
-        """Whether a system call here would do harm."""
-        return self._in_restartable_sequence() or (self._arm and self._streams()) or not self._has_room()
+    def enters(self, waits: frozenset[int]) -> bool:
+        """Whether the thread is about to enter KVM_RUN, or one of these calls."""
+        number = self._saved[self._cpu.number_at_entry]
+        return number in waits or self._enters_kvm_run()
+
+    def _enters_kvm_run(self) -> bool:
+        _, request = self._cpu.arguments[:2]
+        is_ioctl = self._saved[self._cpu.number_at_entry] == self._cpu.ioctl
+        return is_ioctl and self._saved[request] & _INT == ioctls.KVM_RUN
+
+    def begin_again(self) -> int:
+        """Take the thread from the entry of a system call to before it, on x86.
+
+        If it were let go there, a wait would fail with EINTR: detaching wakes it as a signal does
+        (ptrace_signal_wake_up()). If this process is killed meanwhile, it does.
+
+        :returns: the vCPU's descriptor, if the call is KVM_RUN; otherwise -1
+        """
+        saved = self._saved
+        found = saved[self._cpu.arguments[0]] & _INT if self._enters_kvm_run() else -1
+        if self._arm:
+            return found
+        self._set({**saved, "orig_rax": -1, "rax": -errno.EINTR})
+        self._stop.until_system_call(ptrace.SYSCALL_EXIT, wanted=self._wanted)
+        self._set({**saved, "orig_rax": -1, "rax": saved["orig_rax"], "pc": saved["pc"] - 2})
+        return found
+
+    def why_not(self) -> str:
+        """Why a system call here would do harm; empty if it would do none."""
+        if self._in_restartable_sequence():
+            return "is always in a sequence that must not be broken off"
+        if self._arm and self._streams():
+            return "is always in SME's streaming mode, which a system call would end"
+        if not has_code(self._memory, self._instruction, (self._cpu.instruction,)):
+            return "finds no system call instruction any more"
+        self._stack, why = stack_at(self._memory.pid, self._saved["sp"] - 1)
+        if not why and self._room < self._stack:
+            why = "at the end of its stack"
+        return why and f"has its stack pointer {why}"
 
     def _in_restartable_sequence(self) -> bool:
         """Whether the thread is in a critical section of rseq(2), which a call would end."""
@@ -462,11 +544,6 @@ class _Injection:
     def _room(self) -> int:
         """Where the thread's stack has room, far enough below what it uses."""
         return (self._saved["sp"] - self._cpu.red_zone - _ROOM) // _ALIGN * _ALIGN
-
-    def _has_room(self) -> bool:
-        """Whether that is still stack; beyond its end is memory of others, or none."""
-        first, last = self._room, self._saved["sp"] - 1
-        return first >> 12 == last >> 12 or self._memory.are_of_one_mapping(first, last)
 
     def run(self, call: Call, limit_s: float) -> Answer:
         """Run the system call, and let the thread go.
@@ -509,10 +586,10 @@ class _Injection:
 
     def _spread_net(self, mask: int, vectors: bytes) -> _Frame | None:
         """A signal frame below the argument, and ``_net`` such that the thread would end at it."""
-        if not self._end or self._has_shadow_stack():
+        if not has_code(self._memory, self._end, self._cpu.ends) or self._has_shadow_stack():
             return None
         address = (self._room - _FRAME_ROOM) // _FRAME_ALIGN * _FRAME_ALIGN
-        if not self._memory.are_of_one_mapping(address, self._saved["sp"] - 1):
+        if address < self._stack:
             return None
         if self._arm:
             plain = ptrace.get_registers(self._tid, ptrace.NT_PRFPREG)
@@ -589,8 +666,11 @@ class _Injection:
     def _interrupted_x86(self) -> bool:
         """Whether the stop has made a system call fail that can as well go on."""
         saved = self._saved
-        if saved["orig_rax"] in _EPOLL_WAITS_X86 and cpu.signed(saved["rax"]) == -errno.EINTR:
-            return saved["r10"] & _INT == _INT  # without a time-out, which would begin again
+        if cpu.signed(saved["rax"]) == -errno.EINTR:  # without a time-out, which would begin again
+            if saved["orig_rax"] in _EPOLL_WAITS_X86:
+                return saved["r10"] & _INT == _INT
+            if saved["orig_rax"] == _EPOLL_PWAIT2_X86:
+                return saved["r10"] == 0
         return self._kvm_run_fd >= 0
 
     def _enter_arm(self, call: Call, address: int) -> Callable[[], None]:
@@ -737,10 +817,6 @@ class Memory:
         if written != len(data):
             raise ProcessLost(f"process {self.pid} ended")
 
-    def are_of_one_mapping(self, first: int, last: int) -> bool:
-        """Whether two addresses are in one mapping."""
-        return any(one.start <= first and last < one.end for one in mappings(self.pid))
-
     def close(self) -> None:
         """Close it."""
         os.close(self._fd)
@@ -774,26 +850,67 @@ def mappings(pid: int) -> list[Mapping]:
     return found
 
 
+def stack_at(pid: int, address: int) -> tuple[int, str]:
+    """Where the mapping begins that a thread's stack pointer is in, and why that can be no stack.
+
+    Below a stack pointer, only a stack of its own has nothing else. Others are made of a piece of the heap
+    (Go's goroutines have them) or of a variable.
+
+    :returns: (address, ""), if it can be a stack; otherwise where the pointer is, as a part of a sentence
+    """
+    before = Mapping(0, 0, "", "")
+    for one in mappings(pid):
+        if one.start <= address < one.end:
+            return one.start, _why_no_stack(one, before)
+        before = one
+    return 0, "where nothing is mapped"
+
+
+def _why_no_stack(one: Mapping, before: Mapping) -> str:
+    if not (one.access.startswith("rw") and one.access.endswith("p")):
+        return f"in memory that is {one.access}, no stack"
+    if one.name.startswith("[stack") or (one.name.startswith("[anon:") and "stack" in one.name):
+        return ""
+    if one.name:
+        return f"in {one.name}, where other data may lie below it"
+    if before.end == one.start and before.name.startswith("/"):
+        return f"in what {before.name} has for its variables (.bss)"
+    return ""
+
+
 def find_instruction(memory: Memory) -> int:
     """Address of a system call instruction in what a process may execute, the vDSO first.
 
     :raises PrefaultError: there is none
     """
-    found = _find(memory, cpu.host().instruction)
+    places = [one for one in mappings(memory.pid) if "x" in one.access and one.name != "[vsyscall]"]
+    places.sort(key=lambda one: (one.name != "[vdso]", not _lasts(one)))
+    found = _find(memory, cpu.host().instruction, places)
     if not found:
         raise PrefaultError(f"process {memory.pid} has no system call instruction that it may execute")
     return found
 
 
 def find_end(memory: Memory) -> int:
-    """Address of the code that ends a signal handler, in what a process may execute; 0 if there is none."""
-    return next(filter(None, (_find(memory, code) for code in cpu.host().ends)), 0)
+    """Address of the code that ends a signal handler, in a program or library; 0 if there is none."""
+    places = [one for one in mappings(memory.pid) if _lasts(one)]
+    return next(filter(None, (_find(memory, code, places) for code in cpu.host().ends)), 0)
 
 
-def _find(memory: Memory, code: bytes) -> int:
+def has_code(memory: Memory, address: int, codes: tuple[bytes, ...]) -> bool:
+    """Whether one of these codes is there, now."""
+    return bool(address) and any(memory.read(address, len(code)) == code for code in codes)
+
+
+def _lasts(one: Mapping) -> bool:
+    """Whether nobody writes code there that he throws away later, as compilers for a moment's use do."""
+    of_file = one.name.startswith("/") and not one.name.startswith("/memfd:")
+    return one.access == "r-xp" and (of_file or one.name == "[vdso]")
+
+
+def _find(memory: Memory, code: bytes, places: list[Mapping]) -> int:
     step = 1 if cpu.host() is cpu.X86_64 else 4
-    places = [one for one in mappings(memory.pid) if "x" in one.access and one.name != "[vsyscall]"]
-    for place in sorted(places, key=lambda one: one.name != "[vdso]"):
+    for place in places:
         for start in range(place.start, place.end, _PIECE):
             piece = memory.read(start, min(_PIECE + len(code), place.end - start))
             index = piece.find(code)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,11 +152,13 @@ def _ask_busy(
     quiet = 0
     end = time.monotonic() + SEARCH_S
     while time.monotonic() < end:
-        busy = [tid for tid in _busy(pid, set(seen.values())) if asked[tid] < _ASK_TIMES]
-        quiet = 0 if busy else quiet + 1
-        for tid in busy:
+        quiet += 1
+        for tid in _busy(pid, seen):
             if len(seen) == len(known.vcpus) or wanted():
                 return
+            if asked[tid] == _ASK_TIMES:
+                continue
+            quiet = 0
             asked[tid] += 1
             fd = ask(tid)
             if fd in index_of:
@@ -177,15 +179,12 @@ def _named(pid: int, known: Descriptors) -> dict[int, int]:
     return {index: tids[0] for index, tids in found.items() if len(tids) == 1}
 
 
-def _busy(pid: int, taken: set[int]) -> list[int]:
-    """Threads that run at this moment, but for those whose vCPU is known."""
-    return [tid for tid in threads_of(pid) if tid not in taken and runs(pid, tid)]
-
-
-def runs(pid: int, tid: int) -> bool:
-    """Whether a thread is at work at this moment, and no wait would be interrupted by a stop."""
-    stat = _read(pid, tid, "stat")
-    return stat.rpartition(")")[2].startswith(" R") and _is_ordinary(stat)
+def _busy(pid: int, seen: dict[int, int]) -> Iterator[int]:
+    """Threads that run at the very moment, but for those whose vCPU is known: a stop interrupts no wait."""
+    for tid in threads_of(pid):
+        stat = "" if tid in seen.values() else _read(pid, tid, "stat")
+        if stat.rpartition(")")[2].startswith(" R") and _is_ordinary(stat):
+            yield tid
 
 
 def _is_ordinary(stat: str) -> bool:
