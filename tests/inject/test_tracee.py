@@ -217,7 +217,7 @@ def test_a_thread_that_works_and_then_waits_is_let_go_before_it_waits() -> None:
         pipe(child.stdin).flush()
         rounds, broken = json.loads(pipe(child.stdout).readline())
         assert rounds >= asked - 1
-        assert broken <= asked // 3  # of those that begin to wait between the look and the stop
+        assert broken <= asked // 2  # of those that begin to wait between the look and the stop
 
 
 def test_pause_ends_with_the_signal_that_comes_after() -> None:
@@ -387,14 +387,14 @@ def fifo(tmp_path: Path) -> Path:
 def test_a_thread_that_does_not_stop_is_given_up_and_let_go_once_it_has(
     fifo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(module, "PATIENCE_S", 1.0)
     with python(SPAWN.format(fifo=str(fifo))) as child, tracee(child.pid) as one:
         _until_state(child.pid, "D")
         began = time.monotonic()
         for _ in range(20):  # of which only the first waits, and only once
             with pytest.raises(Busy, match=f"thread {child.pid} has"):
                 one.call(Call(GETPID, ()))
-        assert 0.5 <= time.monotonic() - began < 0.9
+        assert 1.0 <= time.monotonic() - began < 1.9
         os.close(os.open(fifo, os.O_WRONLY))
         _until_state(child.pid, "t")
         let_go_of_late()
@@ -547,18 +547,24 @@ class Frozen:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stops: int) -> None:
         self.left = stops
         self.until = float("inf")
+        self.began = False
         poll = module._Stop.poll
 
         def seen(stop: module._Stop) -> int | None:
             if not stop.changed or time.monotonic() > self.until:
                 return poll(stop)
             if not self.left:
+                self.began = True
                 return None
             status = poll(stop)
             self.left -= status is not None
             return status
 
         monkeypatch.setattr(module._Stop, "poll", seen)
+
+    def has_begun(self) -> bool:
+        """Whether a stop was asked for in vain."""
+        return self.began
 
 
 @pytest.mark.skipif(children.compiler() is None, reason="no C compiler: apt install gcc")
@@ -571,12 +577,12 @@ def test_who_wants_it_ended_leaves_a_frozen_thread_to_its_net(
             for _ in range(5):
                 with monkeypatch.context() as patch:
                     patch.setattr(module, "GRACE_S", 0.05)
-                    Frozen(patch, stops)
+                    frozen = Frozen(patch, stops)
                     began = time.monotonic()
                     with pytest.raises(Busy, match="goes on by itself"):
                         one.call(
                             Call(GETTIME, (1, 0), bytes(16), pointer=1),
-                            wanted=lambda: module._late.stops == [],
+                            wanted=frozen.has_begun,
                         )
                     assert time.monotonic() - began < module.PATIENCE_S / 2
                 _until_state(child.pid, "t")

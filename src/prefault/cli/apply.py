@@ -35,8 +35,8 @@ Examples:
 
 \b
 Exit codes: 0 done (holes are passed over, and reported), 2 usage, no plan, or a process without a VM,
-3 some memory could not be pre-faulted, or the VMM ended, 77 no right to trace, or no KVM_PRE_FAULT_MEMORY,
-130 Ctrl-C, 143 SIGTERM (what was done stays)."""
+3 some memory could not be pre-faulted, no vCPU stops, or the VMM ended, 77 no right to trace, or no
+KVM_PRE_FAULT_MEMORY, 130 Ctrl-C, 143 SIGTERM (what was done stays)."""
 
 _SHOWN_FAILURES = 10
 _NONE = "without --dry-run, threads at work are asked, and if none runs a vCPU, it ends with status 2"

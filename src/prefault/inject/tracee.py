@@ -35,9 +35,8 @@ from typing import Self
 
 from prefault.abi import ioctls
 from prefault.errors import PrefaultError, ProcessLost
-from prefault.inject import cpu, ptrace
+from prefault.inject import cpu, ptrace, refusal
 from prefault.inject import frame as frames
-from prefault.inject.refusal import status
 
 PROC = Path("/proc")
 
@@ -346,7 +345,7 @@ def let_go_of_late() -> None:
 
 def _let_go_of_program(lost: _Stop) -> None:
     """A thread that calls execve(2) goes on with its process's number, and is traced as it was."""
-    tracer = status(lost.pid).get("TracerPid")
+    tracer = refusal.status(lost.pid).get("TracerPid")
     known = any(one.tid == lost.pid for one in _late.stops)
     if lost.tid == lost.pid or known or tracer != str(threading.get_native_id()):
         return
@@ -392,13 +391,16 @@ def _take_note_of_end(tid: int) -> None:
     """Wait for the end of a thread that was killed while it was stopped.
 
     Requests only say that it is gone. Until its tracer has waited for it, its process does not end for
-    anybody.
+    anybody. If another thread has called execve(2), that one has its number, and is not waited for.
     """
     end = time.monotonic() + PATIENCE_S
     with contextlib.suppress(ChildProcessError):
         while time.monotonic() < end:
-            found, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
-            if found and not os.WIFSTOPPED(status):
+            found, how = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
+            if found and not os.WIFSTOPPED(how):
+                return
+            about = refusal.status(tid)
+            if about.get("TracerPid") == "0" and not refusal.has_ended(about):
                 return
             time.sleep(_NAP_S)
 
