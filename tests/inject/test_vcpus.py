@@ -115,7 +115,7 @@ def test_a_thread_is_asked_only_while_it_runs(proc: Path) -> None:
     assert asked == [11, 11, 11]
 
 
-def test_nobody_who_wants_it_ended_waits_for_the_search(proc: Path) -> None:
+def test_nobody_who_wants_it_ended_waits_for_the_search(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     thread(proc, 11, "running")
     thread(proc, 12, "running")
     asked: list[int] = []
@@ -126,6 +126,8 @@ def test_nobody_who_wants_it_ended_waits_for_the_search(proc: Path) -> None:
 
     assert vcpus.find(PID, Descriptors(3, {0: 5}), ask, lambda: bool(asked)) == []
     assert asked == [11]
+    monkeypatch.setattr(vcpus, "WATCH_S", 1000)
+    assert vcpus.find(PID, Descriptors(3, {0: 5}), None, lambda: True) == []
 
 
 def test_the_search_ends_though_something_is_always_at_work(
