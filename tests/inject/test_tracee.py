@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from prefault.errors import ProcessLost
-from prefault.inject import ptrace
+from prefault.inject import maps, ptrace
 from prefault.inject import tracee as module
-from prefault.inject.tracee import Busy, Call, Mapping, Memory, Tracee, find_end, let_go_of_late, mappings
+from prefault.inject.maps import Mapping, mappings
+from prefault.inject.tracee import Busy, Call, Memory, Tracee, find_end, let_go_of_late
 from tests.inject import children
 from tests.inject.children import GETPID, GETTIME, NANOSLEEP, pipe, python, tracee, wait_for_call
 
@@ -460,9 +461,9 @@ def test_only_what_is_in_no_heap_and_no_variable_is_a_stack() -> None:
         ("[anon: Go: heap]", guard, False),
     ):
         for access in ("rw-p", "rwxp"):
-            why = module._why_no_stack(Mapping(0x2000, 0x9000, access, name), before)
+            why = maps._why_no_stack(Mapping(0x2000, 0x9000, access, name), before)
             assert (why == "") == good, (name, why)
-        assert module._why_no_stack(Mapping(0x2000, 0x9000, "rw-s", name), before)
+        assert maps._why_no_stack(Mapping(0x2000, 0x9000, "rw-s", name), before)
 
 
 ODD_STACKS = """

@@ -37,6 +37,7 @@ from prefault.abi import ioctls
 from prefault.errors import PrefaultError, ProcessLost
 from prefault.inject import cpu, ptrace, refusal
 from prefault.inject import frame as frames
+from prefault.inject.maps import Mapping, mappings, stack_at
 
 PROC = Path("/proc")
 
@@ -828,56 +829,6 @@ class Memory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class Mapping:
-    """A line of /proc/PID/maps."""
-
-    start: int
-    end: int
-    access: str
-    name: str
-
-
-def mappings(pid: int) -> list[Mapping]:
-    """What a process has mapped; nothing if it is gone."""
-    found = []
-    with contextlib.suppress(OSError):
-        # Not splitlines(): a file's name may have what that takes for an end. A zombie has no line.
-        for line in filter(None, (PROC / str(pid) / "maps").read_text(errors="replace").split("\n")):
-            span, access, *rest = line.split(maxsplit=5)
-            start, _, end = span.partition("-")
-            found.append(Mapping(int(start, 16), int(end, 16), access, rest[3] if len(rest) > 3 else ""))
-    return found
-
-
-def stack_at(pid: int, address: int) -> tuple[int, str]:
-    """Where the mapping begins that a thread's stack pointer is in, and why that can be no stack.
-
-    Below a stack pointer, only a stack of its own has nothing else. Others are made of a piece of the heap
-    (Go's goroutines have them) or of a variable.
-
-    :returns: (address, ""), if it can be a stack; otherwise where the pointer is, as a part of a sentence
-    """
-    before = Mapping(0, 0, "", "")
-    for one in mappings(pid):
-        if one.start <= address < one.end:
-            return one.start, _why_no_stack(one, before)
-        before = one
-    return 0, "where nothing is mapped"
-
-
-def _why_no_stack(one: Mapping, before: Mapping) -> str:
-    if not (one.access.startswith("rw") and one.access.endswith("p")):
-        return f"in memory that is {one.access}, no stack"
-    if one.name.startswith("[stack") or (one.name.startswith("[anon:") and "stack" in one.name):
-        return ""
-    if one.name:
-        return f"in {one.name}, where other data may lie below it"
-    if before.end == one.start and before.name.startswith("/"):
-        return f"in what {before.name} has for its variables (.bss)"
-    return ""
 
 
 def find_instruction(memory: Memory) -> int:
