@@ -259,14 +259,24 @@ class _Author:
         if advice is Advice.POPULATE_WRITE and self._el2:
             # Copy-on-write tells KVM of each page, which takes all shadow MMUs: half a second.
             size = min(size, 8 * PAGE)
+        if (
+            advice is Advice.POPULATE_READ
+            and gpa // PAGE % 2
+            and self._backings(gpa) == [Backing.GUEST_MEMFD]
+        ):
+            return Advise(gpa, size, Advice.ALLOCATE)  # which nothing else can be asked for
         if advice is Advice.COLLAPSE and self._collapsible(gpa & -BLOCK):
             return Advise(gpa & -BLOCK, BLOCK, advice)
         return Advise(gpa, size, Advice.DONTNEED if advice is Advice.COLLAPSE else advice)
 
     def _collapsible(self, gpa: int) -> bool:
         """Of a file, collapsing is unmapped page by page, each of which takes all shadow MMUs: minutes."""
+        return all(backing not in PAGE_CACHE for backing in self._backings(gpa))
+
+    def _backings(self, gpa: int) -> list[Backing]:
+        """What is behind an address."""
         here = [one for one in self._regions.values() if one.gpa <= gpa < one.gpa + one.size]
-        return all(one.backing not in PAGE_CACHE for one in here)
+        return [one.backing for one in here]
 
     def _protect(self) -> Action:
         return Protect(*self._range(), self._pick(_ACCESS))

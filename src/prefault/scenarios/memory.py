@@ -122,15 +122,22 @@ def what_the_host_maps_in_place_of_memory_is_what_the_guest_has(stage: Stage, ba
     stage.holds(stage.finish(vcpu) == [0x77], "the guest did not read what the host has there now")
 
 
-_FILES = (Backing.SHARED, Backing.FILE_SHARED)
+_FILES = ((Backing.SHARED,), (Backing.FILE_SHARED,))
 
 
-@scenarios("M1", "M6", cases=[(backing, tags) for tags in (False, True) for backing in _FILES])
-def the_host_keeps_what_the_guest_wrote_to_prefaulted_memory(
-    stage: Stage, backing: Backing, tags: bool
-) -> None:
-    """Memory of a guest with tags is pre-faulted page by page."""
-    vm = stage.vm(stage.data(PAGES, backing, resident=Resident.READ), config=VmConfig(mte=tags))
+@scenarios("M1", "M6", cases=_FILES)
+def the_host_keeps_what_the_guest_wrote_to_prefaulted_memory(stage: Stage, backing: Backing) -> None:
+    _host_keeps(stage, backing, VmConfig())
+
+
+@scenarios("M1", "M6", "M14", cases=_FILES)
+def guests_with_tags_keep_what_they_wrote_to_prefaulted_memory(stage: Stage, backing: Backing) -> None:
+    """Their memory is pre-faulted page by page."""
+    _host_keeps(stage, backing, VmConfig(mte=True))
+
+
+def _host_keeps(stage: Stage, backing: Backing, config: VmConfig) -> None:
+    vm = stage.vm(stage.data(PAGES, backing, resident=Resident.READ), config=config)
     size = PAGES * stage.page
     writes, reads = Walk(DATA, size, stage.page, 1000), Walk(DATA, size, stage.page)
     vcpu = stage.vcpu(vm, Marker(0), writes, Marker(1), reads, Report())

@@ -340,8 +340,10 @@ def what_is_dropped_at_any_moment_of_a_prefault_is_not_mapped(
 
 
 @scenarios("M12", "M14", cases=[(True,), (False,)])
-def what_is_dropped_at_any_moment_of_a_page_wise_prefault_is_not_mapped(stage: Stage, resident: bool) -> None:
-    """Memory of a guest with tags takes that path page by page: the tags have to be made fit for it."""
+def guests_with_tags_get_nothing_that_was_dropped_at_any_moment_of_a_prefault(
+    stage: Stage, resident: bool
+) -> None:
+    """Page by page, for the tags of each have to be made fit for the guest."""
     size = PAGES * stage.page
     looked_at = range(DATA, DATA + size, stage.page)
     vm = stage.vm(stage.data(PAGES), config=VmConfig(mte=True))
