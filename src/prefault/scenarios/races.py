@@ -318,25 +318,8 @@ def what_is_dropped_at_any_moment_of_a_prefault_is_not_mapped(
     drop = Advice.REMOVE if backing is Backing.GUEST_MEMFD else Advice.DONTNEED
     # Of a file, only one page in so many takes the path that all of this is about.
     step = _AROUND * stage.page if backing is Backing.FILE_PRIVATE else size // PAGES
-    looked_at, moments = range(DATA, DATA + size, step), range(1, 1 + _MOMENTS)
     vm = stage.vm(MemoryRegion(1, DATA, size, backing))
-    vcpu = stage.vcpu(vm, *(_MOMENTS * (Walk(DATA, size, step), Report())))
-
-    def renew(value: int) -> None:
-        vm.advise(DATA, size, drop)
-        for gpa in looked_at:
-            vm.write_memory(gpa, value.to_bytes(8, "little"))
-
-    with vm.preempt() as preempted:
-        for moment in moments:
-            vm.advise(DATA, size, drop)
-            if resident:
-                vm.advise(DATA, size, Advice.POPULATE_WRITE)
-            preempted.run(partial(all_of, vcpu, DATA, size), partial(renew, moment))
-            event, expected = stage.proceed(vcpu), moment * len(looked_at)
-            stage.holds(
-                event == Reported(expected), f"the guest read {event}, not what sums up to {expected}"
-            )
+    _dropped(stage, vm, range(DATA, DATA + size, step), _MOMENTS, drop, resident=resident)
 
 
 @scenarios("M12", "M14", cases=[(True,), (False,)])
@@ -344,19 +327,24 @@ def guests_with_tags_get_nothing_that_was_dropped_at_any_moment_of_a_prefault(
     stage: Stage, resident: bool
 ) -> None:
     """Page by page, for the tags of each have to be made fit for the guest."""
-    size = PAGES * stage.page
-    looked_at = range(DATA, DATA + size, stage.page)
+    pages = range(DATA, DATA + PAGES * stage.page, stage.page)
     vm = stage.vm(stage.data(PAGES), config=VmConfig(mte=True))
-    vcpu = stage.vcpu(vm, *(_MORE_MOMENTS * (Walk(DATA, size, stage.page), Report())))
+    _dropped(stage, vm, pages, _MORE_MOMENTS, Advice.DONTNEED, resident=resident)
+
+
+def _dropped(stage: Stage, vm: Vm, looked_at: range, moments: int, drop: Advice, *, resident: bool) -> None:
+    """Drop memory at any moment of a pre-fault, and write what is looked at anew: the guest must see that."""
+    size = looked_at.stop - DATA
+    vcpu = stage.vcpu(vm, *(moments * (Walk(DATA, size, looked_at.step), Report())))
 
     def renew(value: int) -> None:
-        vm.advise(DATA, size, Advice.DONTNEED)
+        vm.advise(DATA, size, drop)
         for gpa in looked_at:
             vm.write_memory(gpa, value.to_bytes(8, "little"))
 
     with vm.preempt() as preempted:
-        for moment in range(1, 1 + _MORE_MOMENTS):
-            vm.advise(DATA, size, Advice.DONTNEED)
+        for moment in range(1, 1 + moments):
+            vm.advise(DATA, size, drop)
             if resident:
                 vm.advise(DATA, size, Advice.POPULATE_WRITE)
             preempted.run(partial(all_of, vcpu, DATA, size), partial(renew, moment))
