@@ -172,6 +172,16 @@ def test_large_huge_pages_are_set_aside_at_boot(lab: FakeLab) -> None:
     assert lab.options[0].append == ("hugepagesz=32M", "hugepages=2", "hugepagesz=1024M", "hugepages=1")
 
 
+def test_another_cpu_is_booted_and_need_not_reach_what_the_usual_one_must(
+    lab: FakeLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab.cost = 10_000
+    words = "bench --json --check --no-compare --mode nested --cpu cortex-a76 private/resident"
+    assert main(words.split()) == ExitCode.DONE
+    assert lab.options[0].cpu == "cortex-a76"
+    assert reported(capsys)["rows"][0]["must_reach"] is None
+
+
 def test_the_list_measures_nothing(lab: FakeLab, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list", "private/*"]) == ExitCode.DONE
     assert "private/resident/logged" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from prefault.bench.pairs import PairAsk
 from prefault.bench.waits import Ask
 from prefault.cli import output
 from prefault.cli.interrupt import results_kept
-from prefault.cli.kernels import KernelOptions, image_of, kernel_options, variant_of
+from prefault.cli.kernels import KernelOptions, cpu_option, image_of, kernel_options, variant_of
 from prefault.cli.progress import drawn
 from prefault.cli.values import KernelImage, Real, Size
 from prefault.cli.walks import print_command
@@ -40,6 +40,7 @@ Examples:
   prefault bench 'private/*' guest-memfd/resident   some of them
   prefault bench --size 32M --size 4G private/resident
   prefault bench --kernel arch/arm64/boot/Image     judge another kernel
+  prefault bench --cpu cortex-a76 'private/*'       a CPU without FWB: each page is cleaned from the cache
   prefault bench --peer 'private/*'                 with x86's ioctl in the same table
   prefault bench --all --plot cost.svg              everything, and a picture
   prefault bench --by-function guest-memfd/resident where the instructions go
@@ -68,6 +69,7 @@ class _Options(KernelOptions):
     waits: bool
     pairs: bool
     repeat: int
+    cpu: str
     memory: int | None
     timeout: float
     plot: Path | None
@@ -127,6 +129,7 @@ class _Options(KernelOptions):
     show_default=True,
     help="How often each figure is taken; shown is the median. Of many leaves: once.",
 )
+@cpu_option
 @click.option("--memory", type=Size(), help="Memory of the lab's machine; what the cases need, if not given.")
 @click.option(
     "--timeout",
@@ -159,6 +162,8 @@ def bench(**options: Unpack[_Options]) -> None:
         _timed(options)
         return
     chosen = choose(options["names"], everything=options["everything"], sizes=options["size"])
+    if options["cpu"] != Settings.cpu:  # others may have to clean each page from the data cache
+        chosen = tuple(replace(case, bar=None) for case in chosen)
     if options["list_only"]:
         _list(chosen)
         return
@@ -187,6 +192,7 @@ def _settings(options: _Options) -> Settings:
         repeat=options["repeat"],
         timeout=options["timeout"],
         memory_mib=(options["memory"] or 0) >> 20,
+        cpu=options["cpu"],
         append=variant_of(options).arguments,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,14 @@ class Settings:
     :ivar repeat: how often each figure is taken
     :ivar timeout: seconds for each boot
     :ivar memory_mib: of the machine; 0 is what the cases need
+    :ivar cpu: QEMU's model of arm64's CPU
     :ivar append: more arguments for arm64's kernel
     """
 
     repeat: int = 3
     timeout: float = 3600
     memory_mib: int = 0
+    cpu: str = "max"
     append: tuple[str, ...] = ()
 
 
@@ -97,14 +99,17 @@ def machine_of(boot: Boot, settings: Settings, *, qemu: tuple[str, ...] = ()) ->
         for size, count in _set_aside(boot.cases).items()
         for word in (f"hugepagesz={size // MIB}M", f"hugepages={count}")
     ]
-    return MachineOptions(
+    options = MachineOptions(
         memory_mib=settings.memory_mib or memory_mib(boot.cases),
         mode=boot.mode,
         icount=True,
-        append=(*huge, *(settings.append if boot.arch is ARM64 else ())),
+        append=tuple(huge),
         qemu=qemu,
         arch=boot.arch,
     )
+    if boot.arch is not ARM64:
+        return options
+    return replace(options, cpu=settings.cpu, append=(*options.append, *settings.append))
 
 
 def _job(boot: Boot, settings: Settings) -> Job:
@@ -181,7 +186,12 @@ def _timed(
     argv = ("python3", "-m", module, json.dumps(asdict(ask)))
     memory = settings.memory_mib or 2 * (ask.size // MIB) + 2 * _SYSTEM_MIB
     options = MachineOptions(
-        memory_mib=memory, cpus=WAIT_CPUS, mode=boot.mode, append=settings.append, icount=icount
+        memory_mib=memory,
+        cpus=WAIT_CPUS,
+        mode=boot.mode,
+        cpu=settings.cpu,
+        append=settings.append,
+        icount=icount,
     )
     return run_job(Job(quietly(argv), timeout=settings.timeout), options, kernel=boot.kernel)
 
