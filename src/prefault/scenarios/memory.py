@@ -501,13 +501,20 @@ def pages_that_prefaulting_brought_in_are_held_by_nobody(stage: Stage, backing: 
     stage.holds(left == (PAGES - 2) * stage.page, "pages that are elsewhere have leaves, or others have none")
 
 
-@scenario("M1", "M12")
-def memory_of_guest_memfd_is_given_back(stage: Stage) -> None:
-    """Pages that somebody still holds stay with the kernel; whoever plays scenarios looks for such."""
+@scenarios("M1", "M12", cases=[(False,), (True,)])
+def memory_of_guest_memfd_is_given_back(stage: Stage, among_mapped: bool) -> None:
+    """Pages that somebody still holds stay with the kernel; whoever plays scenarios looks for such.
+
+    A page that is mapped already ends a batch, whose other pages were looked up, too.
+    """
     pages = 512  # more than what the kernel keeps in its batches per CPU
+    resident = Resident.WRITE if among_mapped else Resident.NOTHING
     for _ in range(2):
-        vm = stage.vm(stage.data(pages, Backing.GUEST_MEMFD, resident=Resident.NOTHING))
-        stage.pre_fault(stage.vcpu(vm, Marker(0)), DATA, pages * stage.page)
+        vm = stage.vm(stage.data(pages, Backing.GUEST_MEMFD, resident=resident))
+        vcpu = stage.vcpu(vm, Marker(0))
+        for index in range(4, pages, 8) if among_mapped else ():
+            stage.pre_fault(vcpu, DATA + index * stage.page, stage.page)
+        stage.pre_fault(vcpu, DATA, pages * stage.page)
         stage.holds(sum(leaf.size for leaf in stage.leaves(vm)) == pages * stage.page, "not all is mapped")
 
 
