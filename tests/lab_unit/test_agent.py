@@ -85,6 +85,17 @@ def test_a_kernel_log_record_reads_as_in_dmesg() -> None:
     assert format_record(record) == "[    5.140900] NET: Registered\tprotocol"
 
 
+def test_a_line_of_a_stack_trace_is_kept() -> None:
+    assert (
+        format_record("6,339,5140900,-;  kvm_ioctl+0x1/0x2\n DEVICE=+x\n")
+        == "[    5.140900]   kvm_ioctl+0x1/0x2"
+    )
+
+
+def test_a_message_of_several_lines_has_the_time_on_each() -> None:
+    assert format_record("6,339,5140900,-;one\\x0atwo\n") == "[    5.140900] one\n[    5.140900] two"
+
+
 def test_an_order_survives_the_way_inside() -> None:
     order = Order(("python3", "-c", "ü\0"), ("/tmp/x",), 1.5)
     assert Order.from_json(order.to_json()) == order

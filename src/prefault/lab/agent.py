@@ -197,14 +197,17 @@ def kernel_log(device: str = "/dev/kmsg") -> str:
 def format_record(record: str) -> str:
     """One /dev/kmsg record as dmesg prints it.
 
+    The record's first line is the message, whatever it begins with: the lines of a stack trace begin with a
+    space, as do the record's other lines, which name the device.
+
     Source: Documentation/ABI/testing/dev-kmsg
     """
-    head, _, text = record.partition(";")
+    head, _, rest = record.partition(";")
+    text = rest.partition("\n")[0]
     microseconds = int(head.split(",")[2])
     stamp = f"[{microseconds // 1_000_000:5d}.{microseconds % 1_000_000:06d}]"
     text = re.sub(r"\\x([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), text)
-    message = [line for line in text.rstrip("\n").split("\n") if not line.startswith(" ")]
-    return "\n".join(f"{stamp} {line}" for line in message)
+    return "\n".join(f"{stamp} {line}" for line in text.split("\n"))
 
 
 def power_off() -> None:

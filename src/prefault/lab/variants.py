@@ -30,11 +30,19 @@ class Variant:
     slow: int = 1
 
 
+_HUNG_TASKS = "sysctl.kernel.hung_task_timeout_secs=1200"
+"""Ten times the usual. A change of memslots waits until no MMU notifier is at work. Each takes seconds there
+where it takes the shadow MMUs of nested guests apart, and two threads that madvise without a pause hold it up for
+minutes."""
+
 VARIANTS = {
     "debug": Variant(
-        "KASAN, lockdep, fault injection and other checks; slow", ("page_poison=1",), memory_mib=4096, slow=10
+        "KASAN, lockdep, fault injection and other checks; slow",
+        ("page_poison=1", _HUNG_TASKS),
+        memory_mib=4096,
+        slow=10,
     ),
-    "kcsan": Variant("a detector of data races; slow", slow=10),
+    "kcsan": Variant("a detector of data races; slow", (_HUNG_TASKS,), slow=10),
     "16k": Variant("16 KiB pages", slow=2),
     "64k": Variant("64 KiB pages", memory_mib=10240, slow=2),
     "6.12": Variant("the long-term kernel 6.12", base="6.12"),
