@@ -32,8 +32,8 @@ class Variant:
 
 _HUNG_TASKS = "sysctl.kernel.hung_task_timeout_secs=1200"
 """Ten times the usual. A change of memslots waits until no MMU notifier is at work. Each takes seconds there
-where it takes the shadow MMUs of nested guests apart, and two threads that madvise without a pause hold it up for
-minutes."""
+where it takes the shadow MMUs of nested guests apart, and two threads that madvise without a pause hold it up
+for minutes."""
 
 VARIANTS = {
     "debug": Variant(
