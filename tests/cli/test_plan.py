@@ -174,3 +174,35 @@ def test_a_full_disk_is_told_with_the_file_that_it_would_have_been(
     assert main(["plan", "boot.parquet", option, "wanted"]) == ExitCode.OPERATING_ERROR
     assert "No space left on device: wanted; make room or name another place" in capsys.readouterr().err
     assert [path.name for path in Path.cwd().iterdir()] == ["boot.parquet"]
+
+
+@pytest.mark.parametrize("option", ["--output", "--html", "--perfetto"])
+def test_a_recording_is_not_written_over_even_with_force(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = Path("boot.parquet").read_bytes()
+    assert main(["plan", "boot.parquet", option, "./boot.parquet", "--force"]) == ExitCode.USAGE
+    assert "is a recording that the plan is made from" in capsys.readouterr().err
+    assert Path("boot.parquet").read_bytes() == before
+
+
+def test_one_recording_is_not_taken_for_two_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "boot.parquet", "./boot.parquet"]) == ExitCode.USAGE
+    assert "given twice" in capsys.readouterr().err
+
+
+def test_commands_of_the_page_have_the_options_that_it_was_made_with(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--memslot", "0x40000000:16M", "--fault-cost", "4000", "--prefault-cost", "70"]
+    assert main(["plan", "boot.parquet", "--html", "boot.html", *options]) == 0
+    command = "prefault plan boot.parquet --memslot 0x40000000:16777216 --fault-cost 4000 --prefault-cost 70"
+    assert f"{command} -o plan.json" in Path("boot.html").read_text()
+    assert command in capsys.readouterr().out
+
+
+def test_what_the_memory_is_taken_for_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "boot.parquet"]) == 0
+    assert "has populated for writing before" in capsys.readouterr().out
+    assert main(["plan", "boot.parquet", "--memory", "private/nothing"]) == 0
+    assert "has not populated (private/nothing)" in capsys.readouterr().out

@@ -277,3 +277,14 @@ def test_a_capture_that_is_still_there_is_not_overwritten(
     assert live(monkeypatch, FakeCapture()) == ExitCode.USAGE
     assert "record --from faults.parquet.capture" in capsys.readouterr().err
     assert Path("faults.parquet.capture").read_text() == "precious"
+
+
+def test_times_that_are_differences_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        f" CPU 0/KVM 112/112 [000] {delta:.9f}: kvm:kvm_page_fault: "
+        f"vcpu 0 rip 0x1 address {page:#x}000 error_code 0x4\n"
+        for page, delta in enumerate([0.5, 0.1, 0.3, 0.2, 0.4, 0.1])
+    ]
+    Path("delta.perf").write_text("".join(lines))
+    assert main(["record", "--from", "delta.perf", "-o", "delta.parquet"]) == 0
+    assert "--deltatime" in capsys.readouterr().err

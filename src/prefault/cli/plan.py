@@ -147,6 +147,7 @@ def plan(**options: Unpack[_Options]) -> None:
     for name, path in _targets(options).items():
         check_target(path, f"--{name}", force=options["force"])
     _refuse_one_file_twice(_targets(options))
+    _refuse_recordings(options)
     config = _config(options)
     with output.stderr().status("reading recordings"):
         recordings = [recording.read(path) for path in options["recordings"]]
@@ -175,6 +176,18 @@ def _refuse_one_file_twice(targets: dict[str, Path]) -> None:
             raise UsageError(f"--{other} and --{name} are one file, {path}: name two")
 
 
+def _refuse_recordings(options: _Options) -> None:
+    """Refuse to write over a recording, or to take one for two runs."""
+    seen: set[Path] = set()
+    for path in options["recordings"]:
+        if path.resolve() in seen:
+            raise UsageError(f"{path}: is given twice, but two runs are two recordings")
+        seen.add(path.resolve())
+    for name, path in _targets(options).items():
+        if path.resolve() in seen:
+            raise UsageError(f"--{name} {path}: is a recording that the plan is made from; name another file")
+
+
 def _write(made: Made, recordings: list[Recording], options: _Options) -> None:
     from prefault.report.faults_html import page
     from prefault.report.perfetto import trace
@@ -194,7 +207,16 @@ def _named(options: _Options) -> Files:
     from prefault.report.next_steps import Files
 
     written = options["output"]
-    return Files(tuple(map(str, options["recordings"])), str(written) if written else None)
+    words = (
+        *(f"--pid {pid}" for pid in options["pid"]),
+        *(f"--memslot {ipa:#x}:{size}" for ipa, size in options["memslot"]),
+        *(f"--fault-cost {options['fault_cost']:g}" for _ in range(options["fault_cost"] is not None)),
+        *(
+            f"--prefault-cost {options['prefault_cost']:g}"
+            for _ in range(options["prefault_cost"] is not None)
+        ),
+    )
+    return Files(tuple(map(str, options["recordings"])), str(written) if written else None, words)
 
 
 def _config(options: _Options) -> PlanConfig:
@@ -224,6 +246,7 @@ def _memslots(given: tuple[tuple[int, int], ...]) -> tuple[Memslot, ...]:
 
 
 def _print(made: Made, recordings: list[Recording], options: _Options) -> None:
+    from prefault.report.next_steps import next_steps
     from prefault.report.plan import sentences
 
     if output.wants_json():
@@ -237,3 +260,8 @@ def _print(made: Made, recordings: list[Recording], options: _Options) -> None:
         console.print(f"- {advice.text}.", soft_wrap=not console.is_terminal, markup=False)
     for path in _targets(options).values():
         console.print(f"written: {path}", soft_wrap=True, markup=False)
+    for step in next_steps(made.plan, recordings, _named(options)):
+        console.print(f"Next: {step.text}", soft_wrap=not console.is_terminal, markup=False)
+        if step.command:  # all that follows is on the page
+            console.print(f"  {step.command}", soft_wrap=True, markup=False, highlight=False)
+            break

@@ -256,6 +256,13 @@ def _warn(found: Converted, ended: Captured) -> None:
         click.echo("the process ended while it was recorded", err=True)
     if found.cut_off:
         click.echo("the capture was cut off: its end, and the number of lost events, are not known", err=True)
+    if found.backwards > found.events // 4:
+        click.echo(
+            f"{found.backwards:,} of {plural(found.events, 'event')} come before the one above them: if "
+            "times are differences here (perf script --deltatime, trace-cmd report --ts-diff), those of this "
+            "recording are wrong; print the trace again without that",
+            err=True,
+        )
     if about.lost_events:
         lost = f"{plural(about.lost_events, 'event')} {'was' if about.lost_events == 1 else 'were'} LOST"
         click.echo(

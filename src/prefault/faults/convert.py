@@ -61,6 +61,7 @@ class Converted:
     :ivar events: of all kinds
     :ivar bad: the first lines that could not be read
     :ivar cut_off: the capture's writer was killed
+    :ivar backwards: lines of a text whose time is before that of the line above
     :ivar mixed: thread id → the vCPUs of which the text calls it the thread, where they are several
     """
 
@@ -70,6 +71,7 @@ class Converted:
     bad: tuple[BadLine, ...] = ()
     cut_off: bool = False
     mixed: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    backwards: int = 0
 
 
 def convert(path: Path, page_size: int = 4096, on_bytes: OnBytes | None = None) -> Converted:
@@ -138,7 +140,8 @@ def _of_text(file: BinaryIO, path: Path, page_size: int, on_bytes: OnBytes | Non
     mixed = _mixed(trace, recording.faults)
     # Which entry follows which exit is not known there.
     recording.faults.duration_ns[np.isin(recording.faults.tid, list(mixed))] = -1
-    return Converted(recording, trace.lines, trace.seen, tuple(trace.bad), mixed=mixed)
+    backwards = int(np.count_nonzero(np.diff(trace.events.time) < 0))
+    return Converted(recording, trace.lines, trace.seen, tuple(trace.bad), mixed=mixed, backwards=backwards)
 
 
 def _mixed(trace: text.Trace, faults: Columns) -> dict[int, tuple[int, ...]]:
@@ -173,7 +176,8 @@ def _why_nothing(trace: text.Trace) -> str:
     return (
         f"{plural(trace.seen, 'event')}, but none is a stage-2 fault (kvm_guest_fault on arm64, "
         f"kvm_page_fault on x86), and {plural(trace.bad_lines, 'line')} could not be read{shown}; record "
-        "with -e kvm:kvm_guest_fault -e kvm:kvm_page_fault -e kvm:kvm_exit -e kvm:kvm_entry -e kvm:kvm_mmio"
+        "with -e kvm:kvm_guest_fault -e kvm:kvm_page_fault -e kvm:kvm_exit -e kvm:kvm_entry -e kvm:kvm_mmio, "
+        "and print times as they are (no --ts-diff, no --deltatime)"
     )
 
 

@@ -17,6 +17,13 @@ from prefault.errors import UsageError
 POPULATED = "private/write"
 """Memory that the host has populated for writing, as after a restore that reads the memory file."""
 
+UNTOUCHED = "private/nothing"
+"""Memory that nobody has written yet, as of a guest that boots, or of a mapped file with holes."""
+
+CALL = 2600.0
+"""Instructions of a KVM_PRE_FAULT_MEMORY call without what it maps: docs/cost.md has 3,777 for the call that
+maps one leaf of ``hugetlb-1G/resident``, and 1,206 for a block among others. Taken for x86, too."""
+
 _BLOCKS = ("thp", "hugetlb")
 BLOCK = 2 << 20
 
@@ -81,11 +88,13 @@ def _arm64() -> dict[str, Figures]:
 class Costs:
     """In ns.
 
+    :ivar call: of the ioctl, beside what it maps; 0 if the cost of a page was given, which has all in it then
     :ivar source: ``recording``, ``given`` or ``estimate``
     """
 
     fault: float
     prefault: float
+    call: float
     permission: float
     block: bool
     source: str
@@ -123,6 +132,7 @@ def costs(architecture: str, given: Given, reads: int, writes: int, measured: fl
     return Costs(
         fault=instructions if fault is None else fault,
         prefault=prefault,
+        call=CALL * scale if given.prefault is None else 0.0,
         permission=known.permission * scale,
         block=known.block,
         source=source,

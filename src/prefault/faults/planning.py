@@ -5,25 +5,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
 
 from prefault.errors import UsageError
-from prefault.faults.costs import BLOCK, Costs, Given, costs
+from prefault.faults.costs import BLOCK, POPULATED, UNTOUCHED, Costs, Given, costs
 from prefault.faults.plan import END, Advice, Plan, Prediction, Range
 from prefault.faults.recording import Recording
 from prefault.faults.syndrome import Kind
-from prefault.faults.working_set import Memslot, WorkingSet, working_set
+from prefault.faults.working_set import LONG, Memslot, WorkingSet, working_set
 from prefault.report.units import format_duration, plural, round_size
+
+FEW_BLOCKS = 32
+"""Of so many blocks and more, one fault each is no accident."""
 
 PIECE = 32 << 20
 """No range crosses a multiple of this, so that the order of need is kept where memory is touched all over."""
 
 MOST_GRANULE = 1 << 30
 """Larger ones would only map more."""
+
+SLOW_NS = 50e3
+"""What fills a table on hardware takes less: KVM was waiting for something."""
+
+USELESS = ("no-guest-memory", "several-vms")
+"""Advice with which a plan is of no use, whatever it predicts."""
 
 WORTH_NS = 1e6
 """Less than this is not worth anybody's time."""
@@ -107,7 +116,20 @@ def make_plan(recordings: Sequence[Recording], config: PlanConfig) -> Made:
     granules, need = select([_granules(one, config.granule) for one in sets], least, config.cap_granules)
     ranges = tuple(_ranges(granules, need, sets, config))
     plan = _judged(recordings, sets, ranges, config)
+    if ranges and not plan.pays and config.granule > page_size:
+        smaller = make_plan(recordings, replace(config, granule=page_size)).plan
+        if smaller.pays:
+            plan = replace(plan, advice=(_smaller_pays(smaller), *plan.advice))
     return Made(plan, sets)
+
+
+def _smaller_pays(smaller: Plan) -> Advice:
+    told = smaller.prediction
+    return Advice(
+        "smaller-granule-pays",
+        f"with --granule {smaller.granule} it pays: {round_size(smaller.size)} in "
+        f"{plural(len(smaller.ranges), 'range')} save {format_duration(told.net_ns)}",
+    )
 
 
 def _granules(one: WorkingSet, granule: int) -> tuple[Granules, Int64]:
@@ -205,44 +227,62 @@ class _Saved:
 def _judged(
     recordings: Sequence[Recording], sets: Sequence[WorkingSet], ranges: tuple[Range, ...], config: PlanConfig
 ) -> Plan:
-    saved = [_saved(one, ranges) for one in sets]
-    runs = len(recordings)
-    timed = sum(one.timed for one in saved)
-    measured = sum(one.wait_ns for one in saved) / timed if timed else None
     architecture = recordings[0].metadata.architecture
+    saved = [_saved(one, ranges) for one in sets]
+    cost = _costs(architecture, config.given, sets, saved)
+    prediction = _predicted(sets, saved, ranges, cost)
+    plan = Plan(
+        architecture=architecture,
+        page_size=sets[0].page_size,
+        granule=config.granule,
+        over=config.over,
+        runs=len(recordings),
+        ranges=ranges,
+        prediction=prediction,
+        pays=_worth(prediction),
+        cap=config.cap,
+        sources=tuple(one.metadata.source for one in recordings),
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    untouched = replace(config.given, memory=UNTOUCHED)
+    otherwise = _predicted(sets, saved, ranges, _costs(architecture, untouched, sets, saved))
+    advice = tuple(_advice(plan, recordings, sets, cost, otherwise))
+    useless = any(one.kind in USELESS for one in advice)
+    return replace(plan, advice=advice, pays=plan.pays and not useless)
+
+
+def _worth(told: Prediction) -> bool:
+    return told.net_ns > 0 and told.time_saved_ns >= WORTH_NS
+
+
+def _costs(architecture: str, given: Given, sets: Sequence[WorkingSet], saved: Sequence[_Saved]) -> Costs:
+    """By the durations of what would be saved; if nothing would be, of all."""
+    timed, wait = sum(one.timed for one in saved), sum(one.wait_ns for one in saved)
+    if not timed:
+        timed, wait = sum(one.memory_timed for one in sets), sum(one.memory_wait_ns for one in sets)
     reads, writes = sum(one.reads for one in saved), sum(one.writes for one in saved)
-    cost = costs(architecture, config.given, reads, writes, measured)
+    return costs(architecture, given, reads, writes, wait / timed if timed else None)
+
+
+def _predicted(
+    sets: Sequence[WorkingSet], saved: Sequence[_Saved], ranges: Sequence[Range], cost: Costs
+) -> Prediction:
+    """What a run comes to, on average."""
+    runs = len(sets)
     faults_saved = sum(one.faults for one in saved) / runs
-    prediction = Prediction(
+    leaves = _leaves(ranges, cost, sets[0].page_size)
+    return Prediction(
         faults=sum(one.memory_faults for one in sets) / runs,
         faults_ns=_cost_of_all(sets, cost) / runs,
         faults_saved=faults_saved,
         fault_ns=cost.fault,
         time_saved_ns=faults_saved * cost.fault,
         prefault_page_ns=cost.prefault,
-        prefault_ns=_leaves(ranges, cost, sets[0].page_size) * cost.prefault,
-        permission_ns=writes / runs * cost.permission,
+        prefault_ns=leaves * cost.prefault + len(ranges) * cost.call,
+        permission_ns=sum(one.writes for one in saved) / runs * cost.permission,
         costs=cost.source,
         memory=cost.memory,
     )
-    plan = Plan(
-        architecture=architecture,
-        page_size=sets[0].page_size,
-        granule=config.granule,
-        over=config.over,
-        runs=runs,
-        ranges=ranges,
-        prediction=prediction,
-        pays=prediction.net_ns > 0 and prediction.time_saved_ns >= WORTH_NS,
-        cap=config.cap,
-        sources=tuple(one.metadata.source for one in recordings),
-        made=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    return _with_advice(plan, tuple(_advice(plan, recordings, sets, cost)))
-
-
-def _with_advice(plan: Plan, advice: tuple[Advice, ...]) -> Plan:
-    return Plan(**{**vars(plan), "advice": advice})
 
 
 def _cost_of_all(sets: Sequence[WorkingSet], cost: Costs) -> float:
@@ -290,15 +330,30 @@ def _leaves(ranges: Sequence[Range], cost: Costs, page_size: int) -> int:
 
 
 def _advice(
-    plan: Plan, recordings: Sequence[Recording], sets: Sequence[WorkingSet], cost: Costs
+    plan: Plan,
+    recordings: Sequence[Recording],
+    sets: Sequence[WorkingSet],
+    cost: Costs,
+    otherwise: Prediction,
 ) -> Iterator[Advice]:
-    """What would pay, and what should be known."""
+    """What would pay, and what should be known.
+
+    :param otherwise: what it comes to if nobody has touched the memory before
+    """
     kinds = np.bincount(np.concatenate([one.faults.kind for one in recordings]), minlength=5)
     total, saved = int(kinds.sum()), plan.prediction
     yield from _about_the_recordings(recordings, sets)
+    yield from _about_durations(sets, plan)
     if not plan.ranges:
-        yield Advice("nothing", _why_nothing(kinds, total))
+        yield from _why_nothing(plan, sets, kinds, total)
         return
+    if plan.pays and cost.memory == POPULATED and not _worth(otherwise):
+        yield Advice(
+            "if-not-populated",
+            "all of this is for memory that was populated for writing before. If nobody has touched it yet "
+            f"(--memory {UNTOUCHED}), pre-faulting alone does not pay: have it populated for writing first "
+            "(MADV_POPULATE_WRITE)",
+        )
     written = sum(one.written for one in plan.ranges)
     if written and cost.permission:
         yield Advice(
@@ -318,9 +373,9 @@ def _advice(
             "not "
             "shared, populate it for writing (MADV_POPULATE_WRITE) before the guest runs",
         )
-    yield from _huge_pages(sets, plan)
+    yield from _huge_pages(sets, plan, cost)
     touched = sum(one.pages for one in plan.ranges) * plan.page_size
-    if plan.size > 4 * touched and plan.granule > plan.page_size:
+    if plan.size > 4 * touched and plan.granule > plan.page_size and not cost.block:
         yield Advice(
             "smaller-granule",
             f"the plan maps {round_size(plan.size)} for {round_size(touched)} that were touched; a smaller "
@@ -411,28 +466,66 @@ def _shared(sets: Sequence[WorkingSet]) -> float:
     return float(np.count_nonzero(count == len(sets)) / len(everything)) if len(everything) else 1.0
 
 
-def _why_nothing(kinds: npt.NDArray[np.int64], total: int) -> str:
+def _about_durations(sets: Sequence[WorkingSet], plan: Plan) -> Iterator[Advice]:
+    """Faults that waited for something else than a table."""
+    long = sum(one.long for one in sets)
+    if long:
+        yield Advice(
+            "long-faults",
+            f"{plural(long, 'fault')} took more than {LONG} times what most took, and "
+            f"{'counts' if long == 1 else 'count'} as no more: a vCPU was stopped meanwhile, or the host "
+            "waited",
+        )
+    slow = max((one.median_ns for one in sets), default=0.0)
+    if slow > SLOW_NS and plan.ranges:
+        yield Advice(
+            "slow-faults",
+            f"a fault took {format_duration(slow)}, much more than filling a table does: if the host was "
+            "bringing the memory (from a disk, over the network, by a userfaultfd handler), pre-faulting "
+            "waits for that, too, and costs more than is said here",
+        )
+
+
+def _why_nothing(
+    plan: Plan, sets: Sequence[WorkingSet], kinds: npt.NDArray[np.int64], total: int
+) -> Iterator[Advice]:
     if not total:
-        return "leave it: no fault was recorded. Record while the guest starts or resumes"
-    most = int(np.argmax(kinds))
+        yield Advice("nothing", "leave it: no fault was recorded. Record while the guest starts or resumes")
+        return
+    if any(len(one.page) for one in sets):
+        yield Advice(
+            "nothing", f"leave it: no memory was needed in as many of the runs as asked for ({plan.over})"
+        )
+        return
+    most = Kind(int(np.argmax(kinds)))
+    if most == Kind.PERMISSION:
+        yield Advice(
+            "populate-for-writing",
+            f"no fault of {total:,} could be spared by pre-faulting; most are permission faults: memory was "
+            "mapped, but the host wanted to see the first write. Populate it for writing "
+            "(MADV_POPULATE_WRITE), and leave dirty logging off until it is needed",
+        )
+        return
     what = {
-        Kind.PERMISSION: (
-            "permission faults: memory was mapped, but the host wanted to see the first write. Populate it "
-            "for writing (MADV_POPULATE_WRITE), and leave dirty logging off until it is needed"
-        ),
         Kind.MMIO: "accesses to devices, which are never mapped",
         Kind.ACCESS_FLAG: "access-flag faults: the host was looking for idle memory",
-    }.get(Kind(most), "not on memory of this guest")
-    return f"leave it: no fault of {total:,} could be spared; most are {what}"
+    }.get(most, "on what was taken for devices, or of nested guests")
+    yield Advice("nothing", f"leave it: no fault of {total:,} could be spared; most are {what}")
 
 
-def _huge_pages(sets: Sequence[WorkingSet], plan: Plan) -> Iterator[Advice]:
+def _huge_pages(sets: Sequence[WorkingSet], plan: Plan, cost: Costs) -> Iterator[Advice]:
     """Blocks that are touched densely would be one fault each."""
     page = np.unique(np.concatenate([one.page for one in sets]))
     per_block = BLOCK // plan.page_size
     if per_block < 8:
         return
     _, count = np.unique(page // np.uint64(per_block), return_counts=True)
+    if len(count) >= FEW_BLOCKS and np.count_nonzero(count == 1) > 0.9 * len(count) and not cost.block:
+        yield Advice(
+            "may-be-huge",
+            f"of {plural(len(count), 'block')} of 2 MiB, nearly each was touched once: if the guest's memory "
+            "is of huge pages, give --memory thp/write (or hugetlb/write) and --granule 2M",
+        )
     dense = count >= per_block // 2
     inside, blocks = int(count[dense].sum()), int(np.count_nonzero(dense))
     if inside * 2 > len(page):

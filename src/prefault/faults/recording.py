@@ -204,7 +204,7 @@ def read(path: Path) -> Recording:
         raise UsageError(f"{path}: {error.strerror or error}") from error
     except pa.ArrowException as error:
         raise UsageError(
-            f"{path}: no recording ({error}); `prefault record --from {path}` makes one of a trace"
+            f"{path}: no recording that can be read ({error}): it is damaged, or has been cut off"
         ) from error
     return Recording(_metadata(found, path), _in_order(Columns(*_columns(found, path)), path))
 

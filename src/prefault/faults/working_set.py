@@ -22,6 +22,13 @@ DEVICE_FAULTS = 16
 """Without better knowledge, a page of an arm64 guest with so many translation faults, by data accesses only
 and with no permission fault, is taken for a device: memory stays mapped, a device never is."""
 
+DEVICE_FAULTS_OF_ONE = 4
+"""And one thread must have taken so many of them: memory that many vCPUs need at once is no device."""
+
+LONG = 100
+"""A fault that took so many times what most take was not about its page: its vCPU was stopped meanwhile, or
+the host was waiting for something. It counts as one that took no more than this."""
+
 Int64 = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
@@ -47,6 +54,8 @@ class WorkingSet:
     :ivar memory_faults: translation faults on memory, all of them
     :ivar memory_wait_ns: how long those took, as far as is known
     :ivar memory_timed: how many of them have a duration
+    :ivar median_ns: how long one of them took in the middle; 0 if that is not known
+    :ivar long: how many of them took ``LONG`` times that, or more
     :ivar devices: pages that were taken for devices
     """
 
@@ -60,6 +69,8 @@ class WorkingSet:
     memory_faults: int
     memory_wait_ns: int
     memory_timed: int
+    median_ns: float
+    long: int
     devices: int
 
 
@@ -78,7 +89,10 @@ def working_set(recording: Recording, memslots: Sequence[Memslot] = ()) -> Worki
     page, first, index = np.unique(memory.ipa // np.uint64(size), return_index=True, return_inverse=True)
     began = _began(recording, ordinary)[ordinary]
     spared = began <= memory.time_ns[first][index] + np.maximum(memory.duration_ns[first][index], 0)
-    known = spared & (memory.duration_ns >= 0)
+    timed = memory.duration_ns >= 0
+    known = spared & timed
+    median = float(np.median(memory.duration_ns[timed])) if timed.any() else 0.0
+    usual = np.minimum(memory.duration_ns, max(int(LONG * median), 1))
     count = len(page)
     return WorkingSet(
         page_size=size,
@@ -86,11 +100,13 @@ def working_set(recording: Recording, memslots: Sequence[Memslot] = ()) -> Worki
         first_ns=memory.time_ns[first] - start,
         written=memory.access[first] == Access.WRITE,
         faults=np.bincount(index[spared], minlength=count),
-        wait_ns=np.bincount(index[known], memory.duration_ns[known], minlength=count).astype(np.int64),
+        wait_ns=np.bincount(index[known], usual[known], minlength=count).astype(np.int64),
         timed=np.bincount(index[known], minlength=count),
         memory_faults=len(memory),
         memory_wait_ns=int(np.maximum(memory.duration_ns, 0).sum()),
-        memory_timed=int(np.count_nonzero(memory.duration_ns >= 0)),
+        memory_timed=int(np.count_nonzero(timed)),
+        median_ns=median,
+        long=int(np.count_nonzero(memory.duration_ns > usual)),
         devices=len(devices),
     )
 
@@ -110,10 +126,21 @@ def _devices(recording: Recording, ordinary: Flags) -> npt.NDArray[np.uint64]:
     if told:
         return np.empty(0, np.uint64)
     data = ordinary & (faults.access != Access.EXECUTE)
-    page, count = np.unique(faults.ipa[data] // size, return_counts=True)
+    page, index, count = np.unique(faults.ipa[data] // size, return_inverse=True, return_counts=True)
+    often = count[index] >= DEVICE_FAULTS
+    most = _most_of_one(index[often], faults.tid[data][often], len(page))
     memory = faults.ipa[(faults.kind == Kind.PERMISSION) | (faults.access == Access.EXECUTE)] // size
-    found: npt.NDArray[np.uint64] = page[(count >= DEVICE_FAULTS) & ~np.isin(page, memory)]
+    found: npt.NDArray[np.uint64] = page[(most >= DEVICE_FAULTS_OF_ONE) & ~np.isin(page, memory)]
     return found
+
+
+def _most_of_one(index: Int64, tid: npt.NDArray[np.int32], pages: int) -> Int64:
+    """The faults on each page that one thread took, of the thread that took most."""
+    threads, number = np.unique(tid, return_inverse=True)
+    each, count = np.unique(index * max(1, len(threads)) + number, return_counts=True)
+    most = np.zeros(pages, np.int64)
+    np.maximum.at(most, each // max(1, len(threads)), count)
+    return most
 
 
 def _began(recording: Recording, ordinary: Flags) -> Int64:

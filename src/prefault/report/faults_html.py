@@ -18,11 +18,11 @@ import numpy as np
 
 from prefault import __version__
 from prefault.faults.plan import Plan
-from prefault.faults.planning import Made
+from prefault.faults.planning import USELESS, Made
 from prefault.faults.recording import Recording
 from prefault.faults.working_set import WorkingSet
 from prefault.report.heat import heat, names_of, regions
-from prefault.report.next_steps import USELESS, Files, Step, next_steps
+from prefault.report.next_steps import Files, Step, next_steps
 from prefault.report.plan import sentences, verdict
 from prefault.report.recording import summary
 from prefault.report.units import format_duration, format_size, plural, round_size

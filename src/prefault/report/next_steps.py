@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,9 +15,6 @@ from prefault.faults.planning import PlanConfig
 from prefault.faults.recording import Recording
 from prefault.report.plan import number
 
-USELESS = ("no-guest-memory",)
-"""Advice with which a plan is of no use, whatever it predicts."""
-
 
 @dataclass(frozen=True)
 class Files:
@@ -25,10 +22,12 @@ class Files:
 
     :ivar recordings: files that the plan is made from; if not known, words stand for them
     :ivar plan: the plan's file; None if it was not written
+    :ivar options: of `prefault plan`, which a plan itself does not tell
     """
 
     recordings: tuple[str, ...] = ()
     plan: str | None = None
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,21 +45,47 @@ POPULATE = Step(
     "Let your VMM populate the guest's memory for writing before it pre-faults: "
     "madvise(…, MADV_POPULATE_WRITE) on the ranges of the plan."
 )
+POPULATE_ALL = Step(
+    "Pre-fault nothing. Let your VMM populate the guest's memory for writing before the guest runs: "
+    "madvise(…, MADV_POPULATE_WRITE). And leave dirty logging off until it is needed."
+)
+
+RECORD_AGAIN = Step(
+    "If the recording missed the moment that you care about, make another: start or restore the VM "
+    "paused, run this, and let it go on. PID is the process id of its VMM (QEMU, Firecracker, …).",
+    "prefault record --pid PID --seconds 10 -o again.parquet && prefault plan again.parquet",
+)
+
+
+def _lower(step: Step) -> str:
+    return step.text[:1].lower() + step.text[1:]
 
 
 def next_steps(plan: Plan, recordings: Sequence[Recording], files: Files) -> Iterator[Step]:
     """In order; the first says what is the matter, if there is anything."""
     kinds = {one.kind for one in plan.advice}
-    if kinds & set(USELESS):
+    if "no-guest-memory" in kinds:
         yield Step("Do nothing with this plan: it has no addresses of a guest's memory.")
     elif "several-vms" in kinds:
         yield from _one_vm(plan, recordings, files)
     elif plan.pays:
         if "nested-guests" in kinds:
             yield POPULATE
+        elif "if-not-populated" in kinds:
+            yield replace(
+                POPULATE, text=f"If nobody has touched the guest's memory by then: {_lower(POPULATE)}"
+            )
         yield from _apply(plan, files)
+    elif "smaller-granule-pays" in kinds:
+        yield Step(
+            "Plan by single pages: what lies between the pages that the guest needs costs too much here.",
+            _plan_command(replace(plan, granule=plan.page_size), files, "-o plan.json"),
+        )
     elif plan.prediction.permission_ns and plan.ranges:
         yield from _populate(plan, files)
+    elif not plan.ranges and "populate-for-writing" in kinds:
+        yield POPULATE_ALL
+        yield RECORD_AGAIN
     else:
         yield from _leave(plan)
 
@@ -126,11 +151,7 @@ def _leave(plan: Plan) -> Iterator[Step]:
         yield Step("Leave it as it is: for this guest, pre-faulting is not worth the trouble.")
     else:
         yield Step("Pre-fault nothing: no fault of this recording would be spared.")
-    yield Step(
-        "If the recording missed the moment that you care about, make another: start or restore the VM "
-        "paused, run this, and let it go on. PID is the process id of its VMM (QEMU, Firecracker, …).",
-        "prefault record --pid PID --seconds 10 -o again.parquet && prefault plan again.parquet",
-    )
+    yield RECORD_AGAIN
 
 
 def _plan_command(plan: Plan, files: Files, rest: str, memory: str | None = None) -> str:
@@ -147,4 +168,6 @@ def _plan_command(plan: Plan, files: Files, rest: str, memory: str | None = None
         words.append(f"--over {plan.over}")
     if memory != POPULATED:
         words.append(f"--memory {memory}")
+    # A --pid that is asked for takes the place of others.
+    words += [one for one in files.options if not (one.startswith("--pid") and "--pid" in rest)]
     return " ".join([*words, rest]).strip()

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prefault.faults.plan import Plan, Prediction
+from prefault.faults.planning import USELESS
 from prefault.report.units import format_duration, plural, round_size
 
 _COSTS = {
@@ -15,9 +16,16 @@ _COSTS = {
     ),
     "given": "Costs are as given; what was not given is in proportion to that, by figures of the lab.",
     "estimate": (
-        "The recording has no durations: costs are the lab's instructions, taken for 1 ns each. "
-        "Record kvm_exit and kvm_entry as well, or give --fault-cost, for better ones."
+        "The recording has no durations of these faults: costs are the lab's instructions, taken for 1 ns "
+        "each. Record kvm_exit and kvm_entry as well, or give --fault-cost, for better ones."
     ),
+}
+
+
+_STATES = {
+    "write": "memory that the host has populated for writing before, as by reading a snapshot into it",
+    "read": "memory that the host has populated for reading before",
+    "nothing": "memory that the host has not populated",
 }
 
 
@@ -57,11 +65,15 @@ def sentences(plan: Plan, seconds: float) -> Iterator[str]:
             f"{format_duration(told.permission_ns)}."
         )
     yield verdict(plan, told)
+    state = _STATES[told.memory.partition("/")[2]]
+    yield f"This is for {state} ({told.memory}); for other memory, give --memory."
     yield _COSTS[told.costs]
 
 
 def verdict(plan: Plan, told: Prediction) -> str:
     """Whether it pays."""
+    if any(one.kind in USELESS for one in plan.advice):
+        return "As it is, this plan is of no use."
     if plan.pays:
         return f"It pays: {format_duration(told.net_ns)} of vCPU time is saved in each run."
     if told.net_ns > 0:

@@ -60,7 +60,8 @@ def summary_table(recording: Recording, found: Summary) -> Table:
     """For people."""
     about = recording.metadata
     table = Table(
-        title=f"{plural(found.faults, 'stage-2 fault')} in {about.seconds:.3g} s", title_justify="left"
+        title=f"{plural(found.faults, 'stage-2 fault')} in {format_duration(about.seconds * 1e9)}",
+        title_justify="left",
     )
     table.add_column("")
     for name in (*ACCESSES, "all"):
