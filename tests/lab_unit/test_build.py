@@ -79,4 +79,4 @@ def test_a_dry_run_builds_a_variant_in_a_folder_of_its_own(own_cache: Path) -> N
 
 def test_a_kernel_is_told_what_its_variant_needs() -> None:
     assert of(None).arguments == of("16k").arguments == ()
-    assert of("debug").arguments == ("page_poison=1",)
+    assert of("debug").arguments == ("page_poison=1", "sysctl.kernel.hung_task_timeout_secs=1200")
