@@ -32,10 +32,14 @@ def kill_tracers(pid: int, *words: str, rounds: int = ROUNDS) -> int:
     ).returncode
 
 
+AT_ANY_MOMENT_AND_AFTER_EACH_REQUEST = pytest.mark.parametrize("words", [(), ("each",)], ids=["any", "each"])
+
+
+@AT_ANY_MOMENT_AND_AFTER_EACH_REQUEST
 @pytest.mark.skipif(children.compiler() is None, reason="no C compiler: apt install gcc")
-def test_registers_vectors_and_red_zone_are_as_they_were(tmp_path: Path) -> None:
+def test_registers_vectors_and_red_zone_are_as_they_were(tmp_path: Path, words: tuple[str, ...]) -> None:
     with children.running(str(children.registers_program(tmp_path))) as child:
-        assert kill_tracers(child.pid) == 0
+        assert kill_tracers(child.pid, *words) == 0
         child.terminate()
         good, bad, _ = map(int, pipe(child.stdout).readline().split())
         assert bad == 0
@@ -82,9 +86,10 @@ def test_waits_are_as_long_as_they_must_and_no_signal_stays_blocked(wait: str) -
         assert 2.1 <= seconds < 2.1 + killing + 0.5
 
 
-def test_a_read_goes_on() -> None:
+@AT_ANY_MOMENT_AND_AFTER_EACH_REQUEST
+def test_a_read_goes_on(words: tuple[str, ...]) -> None:
     with python("ready()\nprint(os.read(0, 9).decode(), flush=True)") as child:
         wait_for_call(child.pid, 0)
-        assert kill_tracers(child.pid) == 0
+        assert kill_tracers(child.pid, *words) == 0
         threading.Timer(0.05, lambda: (pipe(child.stdin).write("abc"), pipe(child.stdin).flush())).start()
         assert pipe(child.stdout).readline() == "abc\n"

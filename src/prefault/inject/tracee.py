@@ -723,8 +723,9 @@ class _Injection:
             self._set(self._final)
             self._set_number(-1)
             return
-        self._set({**self._final, "pc": self._final["pc"] + 4, "x0": -restart})
+        # In this order: with these registers and no number, who is let go by our death would see the error.
         self._set_number(number)
+        self._set({**self._final, "pc": self._final["pc"] + 4, "x0": -restart})
 
     def _enter_again(self) -> None:
         """Go through a system call that does nothing, with the first argument of the interrupted one.
