@@ -201,6 +201,11 @@ def test_commands_of_the_page_have_the_options_that_it_was_made_with(
     assert command in capsys.readouterr().out
 
 
+def test_a_cost_is_in_the_command_to_its_last_digit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "boot.parquet", "--fault-cost", "1234567.5"]) == 0
+    assert "--fault-cost 1234567.5 " in capsys.readouterr().out
+
+
 def test_what_the_memory_is_taken_for_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "boot.parquet"]) == 0
     assert "has populated for writing before" in capsys.readouterr().out

@@ -207,16 +207,11 @@ def _named(options: _Options) -> Files:
     from prefault.report.next_steps import Files
 
     written = options["output"]
-    words = (
-        *(f"--pid {pid}" for pid in options["pid"]),
-        *(f"--memslot {ipa:#x}:{size}" for ipa, size in options["memslot"]),
-        *(f"--fault-cost {options['fault_cost']:g}" for _ in range(options["fault_cost"] is not None)),
-        *(
-            f"--prefault-cost {options['prefault_cost']:g}"
-            for _ in range(options["prefault_cost"] is not None)
-        ),
-    )
-    return Files(tuple(map(str, options["recordings"])), str(written) if written else None, words)
+    words = [f"--pid {pid}" for pid in options["pid"]]
+    words += [f"--memslot {ipa:#x}:{size}" for ipa, size in options["memslot"]]
+    costs = {"--fault-cost": options["fault_cost"], "--prefault-cost": options["prefault_cost"]}
+    words += [f"{name} {cost:.15g}" for name, cost in costs.items() if cost is not None]
+    return Files(tuple(map(str, options["recordings"])), str(written) if written else None, tuple(words))
 
 
 def _config(options: _Options) -> PlanConfig:

@@ -113,14 +113,19 @@ def make_plan(recordings: Sequence[Recording], config: PlanConfig) -> Made:
             )
     least = needed_runs(config.over, len(recordings))
     sets = tuple(working_set(one, config.memslots) for one in recordings)
-    granules, need = select([_granules(one, config.granule) for one in sets], least, config.cap_granules)
-    ranges = tuple(_ranges(granules, need, sets, config))
-    plan = _judged(recordings, sets, ranges, config)
-    if ranges and not plan.pays and config.granule > page_size:
-        smaller = make_plan(recordings, replace(config, granule=page_size)).plan
+    plan = _planned(recordings, sets, config, least)
+    if plan.ranges and not plan.pays and config.granule > page_size:
+        smaller = _planned(recordings, sets, replace(config, granule=page_size), least)
         if smaller.pays:
             plan = replace(plan, advice=(_smaller_pays(smaller), *plan.advice))
     return Made(plan, sets)
+
+
+def _planned(
+    recordings: Sequence[Recording], sets: Sequence[WorkingSet], config: PlanConfig, least: int
+) -> Plan:
+    granules, need = select([_granules(one, config.granule) for one in sets], least, config.cap_granules)
+    return _judged(recordings, sets, tuple(_ranges(granules, need, sets, config)), config)
 
 
 def _smaller_pays(smaller: Plan) -> Advice:
