@@ -45,7 +45,8 @@ def _skipped(found: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("mode", MODES)
 def test_every_listed_scenario_is_equal_or_skipped_on_both_sides(mode: str) -> None:
     found = _played("--mode", mode)
-    assert [one for one in found["scenarios"] if one["verdict"] not in ("equal", "skipped")] == []
+    bad = [one for one in found["scenarios"] if one["verdict"] not in ("equal", "skipped")]
+    assert bad == [], json.dumps(bad, indent=1)
     alone = [one for one in _skipped(found) if one["spec"]["outcome"] != one["kernel"]["outcome"]]
     # A kernel may decline what is asked of its memory management, as for pages that a hypervisor holds.
     assert [one for one in alone if not one["kernel"]["text"].startswith("madvise(")] == []
