@@ -34,6 +34,9 @@ _PRESENT = 1 << 63
 _SECONDS = 60
 """Should nobody be left to end it."""
 _TRIAL_SECONDS = 5
+_DOUBT_SECONDS = 2
+"""Until it is known that the thread is in the middle: where it has come to its end, it may have lost its CPU
+with the interpreter's lock in its hands, and nothing here runs before it has the CPU again."""
 _HOLDS_LOCK = (
     "this kernel drops pages under the mmap lock, so that an invalidation that is held stops the whole VMM; "
     "it takes a kernel that drops them under the lock of the VMA (Linux 6.17)"
@@ -99,10 +102,16 @@ class HeldInvalidation(Closing):
         with _PAGEMAP.open("rb", buffering=0) as pagemap:
             while self._is_there(pagemap.fileno(), self._range[0]) and thread.is_alive():
                 pass
-            self._thief.order(0, seconds)
+            self._thief.order(0, _DOUBT_SECONDS)
             self._thief.wait()
             # The CPU is the thief's now, so that what is there stays there.
-            return self._is_there(pagemap.fileno(), self._last)
+            if not self._is_there(pagemap.fileno(), self._last):
+                return False
+            # The next order is there when the thief leaves: it takes the CPU again at once.
+            self._thief.order(0, seconds)
+            self._thief.leave()
+            self._thief.wait()
+            return self._is_there(pagemap.fileno(), self._last) and self._thief.has_cpu()
 
     def _drop(self) -> None:
         self._thief.settle()
