@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import pytest
 
-from prefault.lab.profile import Code, Symbols, Window, masks
-from prefault.report.profile import INTERRUPTS, MMU_LOCK, RESCHED
+from prefault.lab.profile import Code, Symbols, Window, locks, masks
+from prefault.report.profile import INTERRUPTS, MMU_LOCK, SPINNING
 
 FUNCTIONS = (
     *("vectors", "el1h_64_irq", "ret_to_kernel", "ret_to_user", "kvm_vcpu_ioctl", "work"),
-    *("kvm_arch_vcpu_pre_fault_memory", "_raw_read_lock", "_raw_read_unlock", "timer"),
+    *("_raw_spin_lock_irqsave", "_raw_read_lock", "_raw_read_unlock", "timer", "_raw_spin_unlock"),
 )
 BEGIN = 0xFFFF_8000_8000_0000
 SIZE = 0x100
 OFF, ON, NOP = 0xD50343DF, 0xD51B4220, 0xD503201F
 ADDRESS = {name: BEGIN + 0x1_0000 + SIZE * index for index, name in enumerate(FUNCTIONS)}
-CALL, PIECE, LOCK, UNLOCK = FUNCTIONS[4], FUNCTIONS[6], FUNCTIONS[7], FUNCTIONS[8]
+CALL, SPIN, LOCK, UNLOCK, UNSPIN = FUNCTIONS[4], FUNCTIONS[6], FUNCTIONS[7], FUNCTIONS[8], FUNCTIONS[10]
+INTERRUPT = (("vectors", 1), ("el1h_64_irq", 4), ("timer", 50), ("el1h_64_irq", 1), ("ret_to_kernel", 3))
 
 
 def symbols() -> Symbols:
@@ -64,8 +65,7 @@ def test_the_longest_hold_is_from_having_the_lock_to_having_given_it_back() -> N
 
 
 def test_interrupts_are_counted_but_hold_nothing_up() -> None:
-    interrupt = (("vectors", 1), ("el1h_64_irq", 4), ("timer", 50), ("el1h_64_irq", 1), ("ret_to_kernel", 3))
-    window = run((CALL, 1), (LOCK, 5), ("work", 10), *interrupt, ("work", 2), (UNLOCK, 5))
+    window = run((CALL, 1), (LOCK, 5), ("work", 10), *INTERRUPT, ("work", 2), (UNLOCK, 5))
     assert window.found.longest[MMU_LOCK] <= 14
     assert window.found.counts["timer"] == 50
 
@@ -83,10 +83,39 @@ def test_interrupts_are_off_from_the_first_mask_to_the_last_restore() -> None:
     assert window.found.longest[INTERRUPTS] == 10
 
 
-def test_pieces_are_what_lies_between_points_at_which_others_may_run() -> None:
-    pieces = ((PIECE, 3), ("work", 20), (CALL, 2), (PIECE, 3), ("work", 4), (CALL, 2))
-    window = run((CALL, 40), *pieces, ("ret_to_user", 1))
-    assert window.found.longest[RESCHED] == 25
+def test_nothing_is_preempted_from_the_first_lock_to_the_last() -> None:
+    within = ((SPIN, 3), ("work", 20), (UNSPIN, 2))
+    window = run((CALL, 40), (LOCK, 4), ("work", 7), *within, ("work", 5), (UNLOCK, 4), ("work", 90))
+    assert window.found.longest[SPINNING] == 4 + 7 + 3 + 20 + 2 + 5
+
+
+def test_an_interrupt_that_comes_while_a_lock_is_taken_or_given_back_takes_none() -> None:
+    taken = ((SPIN, 2), *INTERRUPT, (SPIN, 1), ("work", 20))
+    given = ((UNSPIN, 1), *INTERRUPT, (UNSPIN, 1), ("work", 90), (SPIN, 3), ("work", 4), (UNSPIN, 2))
+    window = run((CALL, 1), *taken, *given, ("work", 90), ("ret_to_user", 1))
+    assert 23 <= window.found.longest[SPINNING] <= 28
+
+
+def test_a_lock_function_that_calls_another_is_one() -> None:
+    window = run((CALL, 1), (SPIN, 2), ("work", 3), ADDRESS[SPIN] + 8, ("work", 9), (UNSPIN, 2), ("work", 99))
+    assert window.found.longest[SPINNING] == 2 + 3 + 1 + 9
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        *[
+            ("_raw_spin_lock", 1),
+            ("_raw_spin_trylock", 1),
+            ("_raw_write_lock_irq", 1),
+            ("_raw_read_lock_bh", 1),
+        ],
+        *[("_raw_spin_unlock", -1), ("_raw_spin_unlock_irqrestore", -1), ("_raw_read_unlock", -1)],
+        *[("mutex_lock", 0), ("_raw_spin_lock_nothing", 0), ("do_raw_spin_lock", 0)],
+    ],
+)
+def test_functions_that_take_and_give_locks_are_known_by_name(name: str, held: int) -> None:
+    assert locks(name) == held
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ address to its log, which is a pipe that is read here. That is slow, so it begin
 ready, and ends with the call. Nothing is needed but the QEMU that the lab has.
 
 Besides functions, the stream of addresses tells how long the mmu_lock was held, for how long interrupts were
-masked, and how far apart the points were at which the ioctl lets others run. Interrupts that came in
-between are left out of these.
+masked, and for how long the call could not be preempted because it held a lock that others spin for (what
+disables preemption without a lock is not seen). Interrupts that came in between are left out of these.
 
 Failure modes: ``LabError`` if the call was not seen.
 
@@ -39,7 +39,7 @@ from prefault.lab.bench import Boot, Settings, machine_of
 from prefault.lab.frames import Kind
 from prefault.lab.job import Job, run_job
 from prefault.lab.quiet import quietly
-from prefault.report.profile import INTERRUPTS, MMU_LOCK, RESCHED, Profile
+from prefault.report.profile import INTERRUPTS, MMU_LOCK, SPINNING, Profile
 
 _TRACE = re.compile(rb"^Trace \d+: \S+ \[[0-9a-f]+/([0-9a-f]+)/")
 _IMAGE_ALIGNMENT = 2 << 20
@@ -48,8 +48,8 @@ _BEGINS, _ENDS = "kvm_vcpu_ioctl", "ret_to_user"
 _VECTORS, _INTERRUPT, _BACK = "vectors", "el1h_64_irq", "ret_to_kernel"
 _TAKES = ("_raw_read_lock", "_raw_write_lock")
 _GIVES = ("_raw_read_unlock", "_raw_write_unlock")
-_PIECE = "kvm_arch_vcpu_pre_fault_memory"
-"""The generic ioctl calls it for one piece after the other, and lets others run in between."""
+_SPINS_FOR = re.compile(r"_raw_(?:spin|read|write)_(?:try)?(un)?lock(?:_bh|_irq|_irqsave|_irqrestore)?")
+"""Functions that take a lock, or give it back. With one CPU, none that is tried is held by somebody else."""
 _SUFFIX = re.compile(r"\.(isra|constprop|part|cold|llvm)\b.*")
 
 _DAIFSET, _DAIFCLR, _IMMEDIATE = 0xD50340DF, 0xD50340FF, 0xF00
@@ -95,6 +95,11 @@ class Symbols:
         """Where the Image begins. Its head has no functions; it lies at a multiple of 2 MiB."""
         return self.addresses[0] & -_IMAGE_ALIGNMENT if self.addresses else 0
 
+    def __contains__(self, address: int) -> bool:
+        """Whether a function begins there."""
+        index = bisect.bisect_left(self.addresses, address)
+        return self.addresses[index : index + 1] == [address]
+
     def function(self, address: int) -> str:
         """The function that an address is in."""
         index = bisect.bisect_right(self.addresses, address) - 1
@@ -126,6 +131,12 @@ def masks(word: int) -> int:
     return 0
 
 
+def locks(name: str) -> int:
+    """What a function does to the number of locks held that others spin for: 1, -1 or 0."""
+    match = _SPINS_FOR.fullmatch(name)
+    return 0 if not match else -1 if match[1] else 1
+
+
 class Window:
     """Reads QEMU's log from the entry into the call to the return from it."""
 
@@ -133,14 +144,14 @@ class Window:
         self.found = Profile()
         self.over = False
         self._symbols, self._code = symbols, code
-        self._known: dict[bytes, tuple[str, int]] = {}
+        self._known: dict[bytes, tuple[str, int, int]] = {}
         self.began = False
         self._last = ""
         self._interrupts = 0
         self._now = 0
         """Instructions so far, without those of interrupts."""
         self._since: dict[str, int] = {}
-        self._depth = 0
+        self._masks = self._locks = 0
 
     def take(self, line: bytes) -> None:
         """One line of the log."""
@@ -150,20 +161,19 @@ class Window:
         known = self._known.get(match[1])
         if known is None:
             address = int(match[1], 16)
-            known = self._symbols.function(address), masks(self._code.word(address))
-            self._known[match[1]] = known
-        name, mask = known
+            name = self._symbols.function(address)
+            begun = address in self._symbols
+            known = self._known[match[1]] = name, masks(self._code.word(address)), locks(name) if begun else 0
+        name, mask, lock = known
         self.began = self.began or name == _BEGINS
         if not self.began:
             return
         self.found.counts[name] += 1
         if not self._in_interrupt(name):
             self._now += 1
-            self._stretches(name, mask)
+            self._stretches(name, mask, lock)
         self._last = name
         self.over = name == _ENDS
-        if self.over:
-            self._end(RESCHED)
 
     def _in_interrupt(self, name: str) -> bool:
         """Whether an interrupt is being served, or one that came while another was."""
@@ -173,22 +183,22 @@ class Window:
             self._interrupts -= 1
         return self._interrupts > 0
 
-    def _stretches(self, name: str, mask: int) -> None:
+    def _stretches(self, name: str, mask: int, lock: int) -> None:
         if name != self._last:
             if self._last in _TAKES:
                 self._since[MMU_LOCK] = self._now
             elif name in _GIVES:
                 self._end(MMU_LOCK)
-            if name == _PIECE and self._last == _BEGINS:
-                self._end(RESCHED)
-                self._since[RESCHED] = self._now
-        if mask > 0:
-            self._depth += 1
-            self._since.setdefault(INTERRUPTS, self._now)
-        elif mask < 0 and self._depth:
-            self._depth -= 1
-            if not self._depth:
-                self._end(INTERRUPTS)
+        self._locks = self._nested(SPINNING, self._locks, lock)
+        self._masks = self._nested(INTERRUPTS, self._masks, mask)
+
+    def _nested(self, what: str, depth: int, change: int) -> int:
+        """The depth after a change; a stretch lasts from the first depth to none."""
+        if change > 0:
+            self._since.setdefault(what, self._now)
+        elif change < 0 and depth == 1:
+            self._end(what)
+        return max(depth + change, 0)
 
     def _end(self, what: str) -> None:
         began = self._since.pop(what, None)

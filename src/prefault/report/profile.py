@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 MMU_LOCK = "hold of the mmu_lock"
 INTERRUPTS = "stretch with interrupts off"
-RESCHED = "stretch without a point at which others may run"
-LONGEST = (MMU_LOCK, INTERRUPTS, RESCHED)
+SPINNING = "stretch that cannot be preempted for a lock"
+LONGEST = (MMU_LOCK, INTERRUPTS, SPINNING)
 
 
 @dataclass(frozen=True)
