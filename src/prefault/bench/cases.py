@@ -50,6 +50,7 @@ class Case:
     :ivar writes: the guest writes; otherwise it reads
     :ivar blocks: leaves are expected above level 3, as large as the backing and the granule allow
     :ivar page_size: of hugetlb
+    :ivar dropped: the VMM has dropped its mapping of the memory since (MADV_DONTNEED); its file keeps the pages
     :ivar usual: measured unless told otherwise, and not just with ``--all``
     :ivar modes: of KVM, in which it is measured unless told otherwise
     """
@@ -65,6 +66,7 @@ class Case:
     writes: bool = False
     blocks: bool = False
     page_size: int = 0
+    dropped: bool = False
     usual: bool = True
     modes: tuple[str, ...] = ("nested",)
 
@@ -154,6 +156,7 @@ CASES = (
     Case("shared/resident/logged", _SHARED, bar=_RESTRICTED, flags=_LOGGED),
     Case("shared/resident/read-only", _SHARED, bar=_RESTRICTED, flags=_READ_ONLY, usual=False),
     Case("shared/absent", _SHARED, _NOTHING, bar=_ABSENT, modes=_PKVM),
+    Case("shared/cached", _SHARED, dropped=True),
     Case("file-private/resident", _FILE_PRIVATE, _READ, bar=_FILES, modes=_PKVM),
     Case("file-private/cached", _FILE_PRIVATE, _NOTHING),
     Case("file-private/resident/written", _FILE_PRIVATE, _READ, bar=_FILES, writes=True),

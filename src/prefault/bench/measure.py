@@ -38,7 +38,7 @@ from prefault.kvm import Kvm, X86Kvm, host, hugepages, mapping, open_host
 from prefault.kvm.vcpu import Vcpu
 from prefault.kvm.vm import Vm
 from prefault.kvm.x86 import X86Vcpu, X86Vm
-from prefault.machine import Backing, MemoryRegion, Resident, VcpuConfig
+from prefault.machine import Advice, Backing, MemoryRegion, Resident, VcpuConfig
 from prefault.scenarios.walker import leaves_by_level
 
 CODE = 0x4000_0000
@@ -159,6 +159,8 @@ class Machine:
                 frames=case.frames,
             )
         )
+        if case.dropped:
+            self.vm.advise(DATA, case.size, Advice.DONTNEED)
         self.vm.install(program)
         self.vcpu: Vcpu | X86Vcpu = self.vm.create_vcpu(VcpuConfig(el2=case.context is not Context.ORDINARY))
         self.vcpu.load(program)

@@ -5,11 +5,23 @@ from __future__ import annotations
 
 import errno
 import random
+from dataclasses import replace
 
 from prefault.abi.constants import KVM_CAP_ARM_VM_IPA_SIZE
 from prefault.errors import CapabilityMissing, KvmError, UsageError
 from prefault.guest.program import Execute, Marker, Read, Report, Walk, Write
-from prefault.machine import Advice, Backing, Failed, Leaf, MemoryRegion, Resident, SlotFlags, Vm, VmConfig
+from prefault.machine import (
+    Access,
+    Advice,
+    Backing,
+    Failed,
+    Leaf,
+    MemoryRegion,
+    Resident,
+    SlotFlags,
+    Vm,
+    VmConfig,
+)
 from prefault.scenarios.scenario import DATA, Stage, scenario, scenarios
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -388,3 +400,34 @@ def memory_without_pages_cannot_be_logged(stage: Stage) -> None:
         stage.holds(progress.errno == errno.ENOENT, f"the slot that was refused gave {progress}")
     else:
         stage.holds(False, "writes to a device can be logged")
+
+
+@scenarios("M10", "M14", cases=[("block",), ("pages",)])
+def devices_that_the_host_may_not_access_are_efault(stage: Stage, kind: str) -> None:
+    """Their PTEs stay, so that they can be found, but not as a block."""
+    size = min(stage.block, 4 * MIB) if kind == "block" else 16 * stage.page
+    region = MemoryRegion(1, DATA, size, Backing.DEVICE)
+    vm = stage.vm(region)
+    vm.protect(DATA, size, Access.NONE)
+    vcpu = stage.vcpu(vm, Marker(0))
+    progress = stage.pre_fault_once(vcpu, DATA, size)
+    stage.holds(progress.errno == errno.EFAULT, f"a device without access gave {progress}")
+    stage.holds(stage.leaves(vm) == [], "a device without access is mapped")
+
+
+@scenario("M2", "M14")
+def what_is_missing_in_a_huge_page_larger_than_blocks_can_be_is_mapped(stage: Stage) -> None:
+    """A small IPA space has no blocks of level 1: a huge page of that size is many blocks, one of them taken apart."""
+    huge = _huge(stage, "large-block")
+    region = MemoryRegion(1, DATA, huge, Backing.HUGETLB, page_size=huge)
+    logged = replace(region, flags=SlotFlags.LOG_DIRTY_PAGES)
+    vm = stage.vm(region, config=VmConfig(ipa_bits=33))
+    vcpu = stage.vcpu(vm, Marker(0), Write(DATA + 3 * stage.block + 5 * stage.page, 7), Marker(1))
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, huge)
+    vm.set_user_memory_region(logged)
+    stage.proceed(vcpu)
+    vm.set_user_memory_region(region)
+    stage.pre_fault(vcpu, DATA, huge)
+    leaves = stage.leaves(vm)
+    stage.holds(sum(leaf.size for leaf in leaves) == huge, f"not all is mapped: {leaves}")

@@ -191,7 +191,7 @@ def kvm_s2_fault_get_vma_info(s2fd: FaultDesc) -> VmaInfo | int:
     kvm = s2fd.kvm
     step("mmap_lock.read_lock")
     vma = kvm.host.mm.vma_lookup(s2fd.hva)
-    if vma is None:
+    if vma is None or (s2fd.prefault and not vma.accessible):
         return -errno.EFAULT
     size, max_map_size = kvm_s2_resolve_vma_size(s2fd, vma)
     # The mmap_lock is held: no VMA changes between the lookup and the sample.
@@ -206,7 +206,7 @@ def kvm_s2_resolve_vma_size(s2fd: FaultDesc, vma: Vma) -> tuple[int, int]:
     size, max_size = page, page
     if not memslot_is_logging(s2fd.slot):
         size, max_size = (1 << vma.file.shift if vma.hugetlb and vma.file else page), pud
-    if size == pud and not fault_supports_stage2_huge_mapping(s2fd, pud):
+    if size == pud and (s2fd.mmu.pgt.start_level > 1 or not fault_supports_stage2_huge_mapping(s2fd, pud)):
         size = pmd
     # Contiguous PMDs are mapped as PMDs, contiguous PTEs as pages.
     size = pmd if pmd < size < pud else size

@@ -96,6 +96,11 @@ class Vma:
     mergeable: bool = False
     anon_vma: bool = False
 
+    @property
+    def accessible(self) -> bool:
+        """Mirrors: vma_is_accessible()"""
+        return self.readable or self.writable
+
 
 class Mm:
     """An address space. Mirrors: struct mm_struct
