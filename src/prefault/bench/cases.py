@@ -50,7 +50,7 @@ class Case:
     :ivar writes: the guest writes; otherwise it reads
     :ivar blocks: leaves are expected above level 3, as large as the backing and the granule allow
     :ivar page_size: of hugetlb
-    :ivar dropped: the VMM has dropped its mapping of the memory since (MADV_DONTNEED); its file keeps the pages
+    :ivar dropped: the VMM has dropped its mapping since (MADV_DONTNEED); the file has the pages
     :ivar usual: measured unless told otherwise, and not just with ``--all``
     :ivar modes: of KVM, in which it is measured unless told otherwise
     """

@@ -65,6 +65,33 @@ def shared_memory_comes_out_writable(stage: Stage, backing: Backing) -> None:
     stage.holds(all(leaf.writable for leaf in stage.shown_leaves(vm)), "shared memory came out read-only")
 
 
+@scenarios("M1", "M6", cases=[(Backing.SHARED,), (Backing.FILE_SHARED,)])
+def shared_memory_that_is_there_but_not_mapped_comes_out_writable_with_what_it_holds(
+    stage: Stage, backing: Backing
+) -> None:
+    """As a memfd that another process has filled and handed on, holes among its pages."""
+    pages = 8 * PAGES
+    vm = stage.vm(stage.data(pages, backing, resident=Resident.WRITE))
+    for index in range(pages):
+        vm.write_memory(DATA + index * stage.page, (0x100 + index).to_bytes(8, "little"))
+    holes = [index for index in range(pages) if index % PAGES in (0, 3, 4) or index // PAGES in (2, 3)]
+    for index in holes:
+        vm.advise(DATA + index * stage.page, stage.page, Advice.REMOVE)
+    vm.advise(DATA, pages * stage.page, Advice.DONTNEED)
+    looks = (PAGES - 1, PAGES, PAGES + 1, 2 * PAGES + 5, pages - 1)
+    reads = [step for index in looks for step in (Read(DATA + index * stage.page), Report())]
+    writes = [Write(DATA + index * stage.page, 7) for index in looks]
+    vcpu = stage.vcpu(vm, Marker(0), *reads, *writes, Marker(1))
+    stage.proceed(vcpu)
+    stage.pre_fault(vcpu, DATA, pages * stage.page)
+    stage.holds(all(leaf.writable for leaf in stage.shown_leaves(vm)), "shared memory came out read-only")
+    with vm.count_faults() as counts:
+        values = stage.finish(vcpu)
+    wanted = [0 if index in holes else 0x100 + index for index in looks]
+    stage.holds(values == wanted, f"the guest read {values}, not {wanted}")
+    stage.holds(counts.total == 0, f"{counts.total} stage-2 faults on memory that was pre-faulted")
+
+
 @scenario("M1")
 def guest_memfd_does_not_need_a_mapping_of_the_host(stage: Stage) -> None:
     vm = stage.vm(stage.data(PAGES, Backing.GUEST_MEMFD))

@@ -417,7 +417,7 @@ def devices_that_the_host_may_not_access_are_efault(stage: Stage, kind: str) -> 
 
 @scenario("M2", "M14")
 def what_is_missing_in_a_huge_page_larger_than_blocks_can_be_is_mapped(stage: Stage) -> None:
-    """A small IPA space has no blocks of level 1: a huge page of that size is many blocks, one of them taken apart."""
+    """A small IPA space has no blocks of level 1: such a huge page is many blocks, one of them split."""
     huge = _huge(stage, "large-block")
     region = MemoryRegion(1, DATA, huge, Backing.HUGETLB, page_size=huge)
     logged = replace(region, flags=SlotFlags.LOG_DIRTY_PAGES)
