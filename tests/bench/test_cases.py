@@ -22,9 +22,9 @@ WORDS: dict[str, Callable[[Case], bool]] = {
     "written": lambda case: case.writes,
     "absent": lambda case: case.resident is Resident.NOTHING,
     "untouched": lambda case: case.resident is Resident.NOTHING,
-    "cached": lambda case: case.resident is Resident.NOTHING,
+    "cached": lambda case: case.dropped or case.resident is Resident.NOTHING,
     "zero-page": lambda case: case.resident is Resident.READ,
-    "resident": lambda case: case.resident is not Resident.NOTHING,
+    "resident": lambda case: case.resident is not Resident.NOTHING and not case.dropped,
 }
 
 

@@ -402,7 +402,7 @@ def memory_without_pages_cannot_be_logged(stage: Stage) -> None:
         stage.holds(False, "writes to a device can be logged")
 
 
-@scenarios("M10", "M14", cases=[("block",), ("pages",)])
+@scenarios("M10", "M12", "M14", cases=[("block",), ("pages",)])
 def devices_that_the_host_may_not_access_are_efault(stage: Stage, kind: str) -> None:
     """Their PTEs stay, so that they can be found, but not as a block."""
     size = min(stage.block, 4 * MIB) if kind == "block" else 16 * stage.page
@@ -415,7 +415,7 @@ def devices_that_the_host_may_not_access_are_efault(stage: Stage, kind: str) -> 
     stage.holds(stage.leaves(vm) == [], "a device without access is mapped")
 
 
-@scenario("M2", "M14")
+@scenario("M2", "M12", "M14")
 def what_is_missing_in_a_huge_page_larger_than_blocks_can_be_is_mapped(stage: Stage) -> None:
     """A small IPA space has no blocks of level 1: such a huge page is many blocks, one of them split."""
     huge = _huge(stage, "large-block")
