@@ -72,7 +72,11 @@ _SOFTWARE = 464
 """Where in a saved state there is room for software."""
 _MAGIC1, _MAGIC2 = 0x46505853, 0x46505845
 _LONGEST_STATE = 4096
-"""Without AMX, whose state is not every thread's."""
+"""Without AMX."""
+_TILES, _TILES_SIZE = 1 << 18, 8192
+"""AMX's tiles: they come last, and most threads have none, nor may have them."""
+_IN_USE = 512
+"""Where a saved state says what is in use."""
 
 
 def x86_64(registers: Registers, mask: int, state: bytes, address: int) -> bytes:
@@ -87,12 +91,17 @@ def x86_64(registers: Registers, mask: int, state: bytes, address: int) -> bytes
         "<18Q4H4QQ64x", *(registers[name] for name in _X86_ORDER), *segments, 0, 0, 0, 0, address + start
     )
     head = struct.pack("<QQQ", 0, _UC_FLAGS, 0) + _stack() + context + struct.pack("<Q", mask)
-    features = state[_SOFTWARE : _SOFTWARE + 8]
-    software = struct.pack("<II8sI28x", _MAGIC1, len(state) + 4, features, len(state))
+    (features,) = struct.unpack_from("<Q", state, _SOFTWARE)
+    if len(state) > _LONGEST_STATE:
+        state, features = state[:-_TILES_SIZE], features & ~_TILES
+    software = struct.pack("<IIQI28x", _MAGIC1, len(state) + 4, features, len(state))
     saved = state[:_SOFTWARE] + software + state[_SOFTWARE + len(software) :]
     return head.ljust(start, b"\0") + saved + struct.pack("<I", _MAGIC2)
 
 
 def fits_x86_64(state: bytes) -> bool:
-    """Whether the state of a thread's vectors is one that a frame can be made of."""
-    return _SOFTWARE + 48 < len(state) <= _LONGEST_STATE
+    """Whether the state of a thread's vectors is one that a frame can be made of: without tiles."""
+    if len(state) <= _LONGEST_STATE:
+        return len(state) > _SOFTWARE + 48
+    (in_use,) = struct.unpack_from("<Q", state, _IN_USE)
+    return not in_use & _TILES and _IN_USE + 8 < len(state) - _TILES_SIZE <= _LONGEST_STATE
