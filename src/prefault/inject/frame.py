@@ -92,8 +92,7 @@ def x86_64(registers: Registers, mask: int, state: bytes, address: int) -> bytes
     )
     head = struct.pack("<QQQ", 0, _UC_FLAGS, 0) + _stack() + context + struct.pack("<Q", mask)
     (features,) = struct.unpack_from("<Q", state, _SOFTWARE)
-    if len(state) > _LONGEST_STATE:
-        state, features = state[:-_TILES_SIZE], features & ~_TILES
+    state, features = _without_tiles(state), features & ~_TILES
     software = struct.pack("<IIQI28x", _MAGIC1, len(state) + 4, features, len(state))
     saved = state[:_SOFTWARE] + software + state[_SOFTWARE + len(software) :]
     return head.ljust(start, b"\0") + saved + struct.pack("<I", _MAGIC2)
@@ -101,7 +100,12 @@ def x86_64(registers: Registers, mask: int, state: bytes, address: int) -> bytes
 
 def fits_x86_64(state: bytes) -> bool:
     """Whether the state of a thread's vectors is one that a frame can be made of: without tiles."""
-    if len(state) <= _LONGEST_STATE:
-        return len(state) > _SOFTWARE + 48
+    if not _IN_USE + 8 < len(_without_tiles(state)) <= _LONGEST_STATE:
+        return False
     (in_use,) = struct.unpack_from("<Q", state, _IN_USE)
-    return not in_use & _TILES and _IN_USE + 8 < len(state) - _TILES_SIZE <= _LONGEST_STATE
+    return not in_use & _TILES
+
+
+def _without_tiles(state: bytes) -> bytes:
+    """A saved state without the room for tiles that CPUs with AMX have in it."""
+    return state[:-_TILES_SIZE] if len(state) > _LONGEST_STATE else state

@@ -44,9 +44,9 @@ def _huge(stage: Stage, kind: str) -> int:
     return size
 
 
-def _huge_vm(stage: Stage, region: MemoryRegion) -> Vm:
+def _huge_vm(stage: Stage, region: MemoryRegion, config: VmConfig = VmConfig()) -> Vm:  # noqa: B008 - frozen
     try:
-        return stage.vm(region)
+        return stage.vm(region, config=config)
     except UsageError as error:
         raise CapabilityMissing(str(error)) from error
 
@@ -421,7 +421,7 @@ def what_is_missing_in_a_huge_page_larger_than_blocks_can_be_is_mapped(stage: St
     huge = _huge(stage, "large-block")
     region = MemoryRegion(1, DATA, huge, Backing.HUGETLB, page_size=huge)
     logged = replace(region, flags=SlotFlags.LOG_DIRTY_PAGES)
-    vm = stage.vm(region, config=VmConfig(ipa_bits=33))
+    vm = _huge_vm(stage, region, VmConfig(ipa_bits=33))
     vcpu = stage.vcpu(vm, Marker(0), Write(DATA + 3 * stage.block + 5 * stage.page, 7), Marker(1))
     stage.proceed(vcpu)
     stage.pre_fault(vcpu, DATA, huge)
