@@ -52,6 +52,14 @@ def test_json_has_what_was_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["read"]["bad_lines"] == []
 
 
+def test_a_capture_has_the_page_size_that_it_was_made_with(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["record", "--from", str(DATA / "walk.capture"), "--page-size"]
+    assert main([*argv, "64K"]) == ExitCode.USAGE
+    assert "is of a host with pages of 4 KiB" in " ".join(capsys.readouterr().err.split())
+    assert not Path("faults.parquet").exists()
+    assert main([*argv, "4K"]) == 0
+
+
 def test_standard_input_is_read() -> None:
     command = [sys.executable, "-m", "prefault", "record", "--from", "-"]
     with (DATA / "walk.tracefs").open("rb") as file:

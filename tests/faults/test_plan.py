@@ -149,6 +149,15 @@ def test_what_is_larger_than_any_plan_is_not_read_to_its_end(
         load(path)
 
 
+def test_a_plan_that_could_not_be_read_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = from_json(small())
+    monkeypatch.setattr(plan_module, "MOST_BYTES", len(dumps(plan)))
+    assert dumps(plan)
+    monkeypatch.setattr(plan_module, "MOST_BYTES", len(dumps(plan)) - 1)
+    with pytest.raises(UsageError, match="a plan of 2 ranges is larger"):
+        dumps(plan)
+
+
 def fill(pipe: Path) -> None:
     """Write until nobody reads any more."""
     with contextlib.suppress(BrokenPipeError), pipe.open("wb", buffering=0) as file:

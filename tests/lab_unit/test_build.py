@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prefault.errors import ToolMissing, UsageError
-from prefault.lab import build, config
+from prefault.lab import build, cache, config
 from prefault.lab.build import KERNEL_FOLDER, Record
 from prefault.lab.variants import VARIANTS, of
 
@@ -40,6 +40,16 @@ def test_a_variant_is_not_the_ordinary_kernel(kernels: Path, monkeypatch: pytest
         build.kernel_image()
     with pytest.raises(ToolMissing, match=r"run `prefault lab build --variant debug`$"):
         build.kernel_image("debug")
+
+
+def test_who_finds_no_kernel_is_told_of_a_build_under_way(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFAULT_LAB_KERNEL", raising=False)
+    with cache.locked("kernel"), pytest.raises(ToolMissing, match=r"under way.*`prefault lab build`$"):
+        build.kernel_image()
+    with pytest.raises(ToolMissing, match=r"no kernel yet: run `prefault lab build`$"):
+        build.kernel_image()
 
 
 def test_a_variant_that_was_named_goes_before_the_environment(

@@ -19,7 +19,7 @@ from prefault.cli.values import Real, Size, parse_size
 from prefault.errors import UsageError
 from prefault.faults.capture import CaptureConfig, Captured, Listener, State, capture
 from prefault.faults.captured import Head, Page
-from prefault.report.units import plural
+from prefault.report.units import format_size, plural
 
 if TYPE_CHECKING:  # numpy and pyarrow take a while to import, and no other command needs them
     from prefault.faults.convert import Converted
@@ -87,7 +87,7 @@ class _Options(TypedDict):
     callback=lambda _ctx, _param, value: parse_size(value),
     default="4K",
     show_default=True,
-    help="Of the host that a --from FILE comes from, which does not tell.",
+    help="Of the host that a text comes from, which does not tell; a capture does.",
 )
 @click.option("--force", is_flag=True, help="Replace the output if it is there.")
 @output.json_option
@@ -207,6 +207,17 @@ def _record(spool: Path, options: _Options) -> Captured:
             raise
 
 
+def _refuse_other_page_size(known: int) -> None:
+    """A capture tells its host's page size; a text is taken to have what was said."""
+    context = click.get_current_context()
+    said = context.params["page_size"]
+    by_user = context.get_parameter_source("page_size") is not click.core.ParameterSource.DEFAULT
+    if by_user and said != known:
+        raise UsageError(
+            f"--page-size {format_size(said)}: this capture is of a host with pages of {format_size(known)}"
+        )
+
+
 def _convert(source: Path, options: _Options, ended: Captured) -> None:
     """Make the recording, and say what is in it."""
     from prefault.faults import recording
@@ -222,6 +233,7 @@ def _convert(source: Path, options: _Options, ended: Captured) -> None:
             )
 
         found = convert(source, options["page_size"], on_bytes)
+        _refuse_other_page_size(found.recording.metadata.page_size)
         recording.write(found.recording, options["output"])
     _print(found, options["output"], ended)
 

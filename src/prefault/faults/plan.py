@@ -127,12 +127,21 @@ class Plan:
 
 
 def dumps(plan: Plan) -> str:
-    """The text of a plan's file: a line for each range."""
+    """The text of a plan's file: a line for each range.
+
+    :raises UsageError: nobody could load() it, being so large
+    """
     values = plan.to_json()
     ranges = values.pop("ranges")
     head = json.dumps(values, indent=1).removesuffix("\n}")
     lines = ",\n".join(f"  {json.dumps(one)}" for one in ranges)
-    return f'{head},\n "ranges": [\n{lines}\n ]\n}}\n' if ranges else f'{head},\n "ranges": []\n}}\n'
+    text = f'{head},\n "ranges": [\n{lines}\n ]\n}}\n' if ranges else f'{head},\n "ranges": []\n}}\n'
+    if len(text) > MOST_BYTES:
+        raise UsageError(
+            f"a plan of {len(ranges)} ranges is larger than the {MOST_BYTES >> 20} MiB that are read of one; "
+            "with a larger --granule it is smaller"
+        )
+    return text
 
 
 def load(path: Path) -> Plan:

@@ -109,11 +109,13 @@ def current(variant: str | None = None) -> BuiltKernel:
         record = _read_record(folder)
         if record is not None:
             return BuiltKernel(folder, record)
-    if variant:
+    name, option = (f" {variant}", f" --variant {variant}") if variant else ("", "")
+    if cache.is_locked("kernel"):
         raise ToolMissing(
-            f"the lab has no kernel {variant} yet: run `prefault lab build --variant {variant}`"
+            f"the lab has no kernel{name} yet, but a build is under way: try again when it has ended, or "
+            f"wait for it with `prefault lab build{option}`"
         )
-    raise ToolMissing("the lab has no kernel yet: run `prefault lab build`")
+    raise ToolMissing(f"the lab has no kernel{name} yet: run `prefault lab build{option}`")
 
 
 def _origin(variant: str | None) -> Path | None:

@@ -110,6 +110,18 @@ def locked(name: str) -> Iterator[None]:
         yield
 
 
+def is_locked(name: str) -> bool:
+    """Whether somebody holds the lock of that part of the cache at this moment."""
+    try:
+        with (root() / f"{name}.lock").open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no lock, or none that we may look at
+    return False
+
+
 def need_space(where: Path, size: int, what: str) -> None:
     """Fail early and clearly rather than late and half done.
 
