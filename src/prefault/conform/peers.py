@@ -66,7 +66,7 @@ X86_64 = (
     Known(
         ("slots_can_move_meanwhile", "slots_can_come_and_go_meanwhile"),
         "not done after",
-        "a pre-fault can stay in the kernel until a signal comes while its memslot is moved or deleted: it "
+        "a pre-fault can stay in the kernel until a signal comes while a memslot is moved or deleted: it "
         "tries again and again, each time in vain (is_page_fault_stale), and who changes the slot waits for "
         "it (__synchronize_srcu)",
         "M10, M12: EAGAIN, and no wait that can deadlock with the change",
