@@ -119,11 +119,13 @@ def record(**options: Unpack[_Options]) -> None:
         click.get_current_context().exit(INTERRUPTED)
 
 
+def _is_given(name: str) -> bool:
+    """Whether the user gave this option, if only with the value that it has anyway."""
+    return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
 def _refuse_live_options() -> None:
-    context = click.get_current_context()
-    given = [
-        name for name in _LIVE if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-    ]
+    given = [name for name in _LIVE if _is_given(name)]
     if given:
         names = ", ".join(f"--{name}" for name in given)
         raise UsageError(f"{names}: about recording a live VM; with --from, the trace is what it is")
@@ -207,12 +209,9 @@ def _record(spool: Path, options: _Options) -> Captured:
             raise
 
 
-def _refuse_other_page_size(known: int) -> None:
+def _refuse_other_page_size(said: int, known: int) -> None:
     """A capture tells its host's page size; a text is taken to have what was said."""
-    context = click.get_current_context()
-    said = context.params["page_size"]
-    by_user = context.get_parameter_source("page_size") is not click.core.ParameterSource.DEFAULT
-    if by_user and said != known:
+    if _is_given("page_size") and said != known:
         raise UsageError(
             f"--page-size {format_size(said)}: this capture is of a host with pages of {format_size(known)}"
         )
@@ -233,7 +232,7 @@ def _convert(source: Path, options: _Options, ended: Captured) -> None:
             )
 
         found = convert(source, options["page_size"], on_bytes)
-        _refuse_other_page_size(found.recording.metadata.page_size)
+        _refuse_other_page_size(options["page_size"], found.recording.metadata.page_size)
         recording.write(found.recording, options["output"])
     _print(found, options["output"], ended)
 
